@@ -1,0 +1,1 @@
+"""One page is one run; see `default` for every field."""

@@ -1,0 +1,67 @@
+"""Every field of a run, once, with its unit and its default.
+
+A config file imports this (or another config) and changes what differs. The defaults are the report's where it states
+a choice: CIFAR-10, a 40,000 / 10,000 split, batches of 128, AdamW at 1e-3 that decays by 0.9 an epoch.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = ''  # set to the config file's stem; ends up in result.json
+    config.seed = 0  # initialisation, order of the epochs, augmentation and dropout all derive from it
+
+    # Data
+    config.dataset = 'cifar10'  # 'digits' (embedded) or any TFDS dataset with `image` and `label` of one size
+    config.splits = ConfigDict()  # TFDS slices; must be disjoint
+    config.splits.train = 'train[:80%]'  # CIFAR-10: train[:40000]
+    config.splits.validation = 'train[80%:]'  # CIFAR-10: train[40000:]
+    config.splits.test = 'test'
+    config.batch_size = 128  # examples per step over all devices
+    config.evaluation_batch_size = 500  # examples per forward pass over all devices; does not change any metric
+
+    # Model
+    config.model = ConfigDict()
+    config.model.name = 'cnn'  # 'cnn', 'resnet18' or 'vit'
+    config.model.stem = 'imagenet'  # ResNet18: 'imagenet' (7x7 stride 2, max pool) or 'cifar' (3x3)
+    config.model.embed_dim = 256  # ViT: features per token
+    config.model.hidden_dim = 512  # ViT: features inside the MLP
+    config.model.num_heads = 8  # ViT: attention heads, must divide embed_dim
+    config.model.num_layers = 6  # ViT: transformer blocks
+    config.model.patch_size = 4  # ViT: pixels, must divide the image's height and width
+    config.compute_dtype = 'float32'  # 'float32' or 'bfloat16'; parameters, normalisation and loss stay float32
+
+    # Regularisation
+    config.dropout_rate = 0.0  # probability to drop, in [0, 1)
+    config.label_smoothing = 0.0  # probability mass spread over all classes, in [0, 1)
+    config.augment = ConfigDict()
+    config.augment.random_resized_crop = False
+    config.augment.random_resized_crop_scale = (0.08, 1.0)  # crop area as a fraction of the image's, lowest and highest
+    config.augment.random_resized_crop_ratio = (3 / 4, 4 / 3)  # crop width / height, lowest and highest
+    config.augment.random_mirror = False  # left-right, with probability 1/2
+
+    # Optimisation
+    config.num_epochs = 30
+    config.learning_rate = 1e-3  # the schedule's peak
+    config.optimizer = ConfigDict()
+    config.optimizer.name = 'adamw'  # 'adamw' or 'sgd'
+    config.optimizer.momentum = 0.9  # sgd
+    config.optimizer.weight_decay = 0.01  # decoupled, times the learning rate; spares biases, norms and embeddings
+    config.optimizer.gradient_clip_norm = 0.0  # global norm; 0 is off
+    config.schedule = ConfigDict()
+    config.schedule.name = 'exponential'  # 'constant', 'exponential', 'cosine' or 'one_cycle'
+    config.schedule.decay_per_epoch = 0.9  # exponential: factor applied after each epoch
+    config.schedule.warmup_epochs = 0.0  # linear from 0 to the peak, before 'constant', 'exponential' and 'cosine'
+
+    # Stopping and keeping
+    config.early_stopping = ConfigDict()
+    config.early_stopping.metric = 'validation_accuracy'  # or 'validation_loss'; also chooses the best checkpoint
+    config.early_stopping.patience = 5  # epochs without improvement before the run stops; 0 never stops early
+    config.early_stopping.min_delta = 0.0  # an improvement has to be larger than this
+    config.keep_checkpoints = 1  # latest checkpoints kept, besides the best one
+
+    # Execution; these do not change what is computed beyond floating-point rounding
+    config.num_devices = 0  # local devices to use; 0 is all
+    config.steps_per_call = 0  # training steps per compiled call; 0 is 1 on a CPU and 50 on an accelerator
+    return config

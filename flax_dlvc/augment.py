@@ -1,0 +1,106 @@
+"""Stateless image augmentation: a key per example, inside the compiled step.
+
+Shapes: H height, W width, C channels. All functions take one example; steps map them over a batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+# An augmentation maps a key and one image (H, W, C) float32 to an image of the same shape.
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
+
+CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
+
+
+def make_augmentation(config: ConfigDict) -> Augmentation | None:
+    """Builds the augmentation that `config.augment` describes, or None where it describes none."""
+
+    def augmentation(key: jax.Array, image: jax.Array) -> jax.Array:
+        crop_key, mirror_key = jax.random.split(key)
+        if config.random_resized_crop:
+            image = random_resized_crop(
+                crop_key, image, scale=config.random_resized_crop_scale, ratio=config.random_resized_crop_ratio
+            )
+        if config.random_mirror:
+            image = random_mirror(mirror_key, image)
+        return image
+
+    return augmentation if config.random_resized_crop or config.random_mirror else None
+
+
+def random_mirror(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Mirrors an image (H, W, C) left to right with probability 1/2."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def random_resized_crop(
+    key: jax.Array, image: jax.Array, *, scale: Sequence[float], ratio: Sequence[float]
+) -> jax.Array:
+    """torchvision's `RandomResizedCrop`: a random crop, enlarged to the image's own size.
+
+    Unlike torchvision on uint8 input, the result is not rounded.
+
+    Args:
+        key: determines the crop.
+        image: (H, W, C) float.
+        scale: lowest and highest area of the crop as a fraction of the image's.
+        ratio: lowest and highest width / height of the crop.
+    """
+    height, width, _ = image.shape
+    top, left, crop_height, crop_width = sample_crop(key, height, width, scale=scale, ratio=ratio)
+    rows = resize_weights(top, crop_height, height, height)
+    columns = resize_weights(left, crop_width, width, width)
+    # Full precision: an accelerator's default would round the pixels to bfloat16 or TF32.
+    return jnp.einsum('yh,hwc,xw->yxc', rows, image, columns, precision='highest')
+
+
+def sample_crop(
+    key: jax.Array, height: int, width: int, *, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Draws a crop as torchvision's `RandomResizedCrop.get_params` does.
+
+    Area uniform in `scale`, aspect ratio log-uniform in `ratio`, both rounded to whole pixels; the first of ten tries
+    that fits the image is placed uniformly. If none fits, the largest centred crop whose ratio lies in `ratio`.
+
+    Returns:
+        top, left, crop height and crop width: int32 scalars, in pixels.
+    """
+    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
+    area = height * width * jax.random.uniform(area_key, (CROP_TRIES,), minval=scale[0], maxval=scale[1])
+    log_ratio = jax.random.uniform(ratio_key, (CROP_TRIES,), minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1]))
+    aspect = jnp.exp(log_ratio)
+    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+
+    fallback_aspect = min(max(width / height, ratio[0]), ratio[1])
+    fallback_height = min(height, round(width / fallback_aspect))
+    fallback_width = min(width, round(height * fallback_aspect))
+
+    found, first = fits.any(), fits.argmax()
+    crop_height = jnp.where(found, heights[first], fallback_height)
+    crop_width = jnp.where(found, widths[first], fallback_width)
+    top = jax.random.randint(top_key, (), 0, height - crop_height + 1)
+    left = jax.random.randint(left_key, (), 0, width - crop_width + 1)
+    top = jnp.where(found, top, (height - fallback_height) // 2)
+    left = jnp.where(found, left, (width - fallback_width) // 2)
+    return top, left, crop_height, crop_width
+
+
+def resize_weights(start: jax.Array, length: jax.Array, in_size: int, out_size: int) -> jax.Array:
+    """Antialiased bilinear resampling of pixels [start, start + length) as a matrix (out_size, in_size).
+
+    Pillow's and torchvision's definition: a triangle filter, widened by the factor of a reduction, over the pixels of
+    the crop alone, its weights normalised.
+    """
+    factor = length / out_size  # input pixels per output pixel
+    support = jnp.maximum(factor, 1.0)
+    centres = start + (jnp.arange(out_size) + 0.5) * factor
+    pixels = jnp.arange(in_size)
+    distance = jnp.abs(pixels + 0.5 - centres[:, None]) / support
+    inside = (pixels >= start) & (pixels < start + length)
+    weights = jnp.where(inside, jnp.maximum(1.0 - distance, 0.0), 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)

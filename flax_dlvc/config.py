@@ -1,0 +1,189 @@
+"""Configs: reading them from the command line and from a run directory, checking them, writing them as JSON."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from configs import default
+from flax_dlvc.errors import ConfigError
+
+
+def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
+    """Parses `--config FILE --config.FIELD=VALUE …` and whatever flags `define_flags` adds.
+
+    Args:
+        argv: the command line, program name first.
+        define_flags: defines further flags on the `FlagValues` it is given.
+
+    Returns:
+        The parsed flags; `flag_values.config` is the config, with `name` set to the file's stem, and checked.
+
+    Raises:
+        ConfigError: an unknown flag or field, a value of the wrong type, or a config file that cannot be loaded.
+    """
+    flag_values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', help_string='Path of a config file.', flag_values=flag_values)
+    define_flags(flag_values)
+    try:
+        surplus = flag_values(list(argv))[1:]
+        config = flag_values.config
+        if config is None:
+            raise ConfigError('no config: say --config configs/NAME.py')
+        config.name = config.name or Path(flag_values['config'].config_filename).stem
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything
+        raise ConfigError(_one_line(error)) from error
+    if surplus:
+        raise ConfigError(f'{surplus[0]!r} is not a flag; fields are set as --config.FIELD=VALUE')
+    validate(config)
+    return flag_values
+
+
+def _one_line(error: BaseException) -> str:
+    """The last, most telling line of an exception's message, with its type where the message alone says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, flags.Error | OSError) and lines:
+        return lines[0]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if len(lines) > 1 else f'{type(error).__name__}: {lines[-1].strip(chr(34))}'
+
+
+def _is_range(value: Sequence[float]) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1] < math.inf
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('seed', lambda v: 0 <= v < 2**32, 'must be in [0, 2**32)'),
+    ('batch_size', lambda v: v >= 1, 'must be at least 1'),
+    ('evaluation_batch_size', lambda v: v >= 1, 'must be at least 1'),
+    ('model.name', lambda v: v in ('cnn', 'resnet18', 'vit'), "must be 'cnn', 'resnet18' or 'vit'"),
+    ('model.stem', lambda v: v in ('imagenet', 'cifar'), "must be 'imagenet' or 'cifar'"),
+    ('model.embed_dim', lambda v: v >= 1, 'must be at least 1'),
+    ('model.hidden_dim', lambda v: v >= 1, 'must be at least 1'),
+    ('model.num_heads', lambda v: v >= 1, 'must be at least 1'),
+    ('model.num_layers', lambda v: v >= 1, 'must be at least 1'),
+    ('model.patch_size', lambda v: v >= 1, 'must be at least 1'),
+    ('compute_dtype', lambda v: v in ('float32', 'bfloat16'), "must be 'float32' or 'bfloat16'"),
+    ('dropout_rate', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
+    ('label_smoothing', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
+    (
+        'augment.random_resized_crop_scale',
+        lambda v: _is_range(v) and v[1] <= 1,
+        'must be (lowest, highest) with 0 < lowest <= highest <= 1',
+    ),
+    ('augment.random_resized_crop_ratio', _is_range, 'must be (lowest, highest) with 0 < lowest <= highest'),
+    ('num_epochs', lambda v: v >= 1, 'must be at least 1'),
+    ('learning_rate', lambda v: 0 < v < math.inf, 'must be positive and finite'),
+    ('optimizer.name', lambda v: v in ('adamw', 'sgd'), "must be 'adamw' or 'sgd'"),
+    ('optimizer.momentum', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
+    ('optimizer.weight_decay', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('optimizer.gradient_clip_norm', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    (
+        'schedule.name',
+        lambda v: v in ('constant', 'exponential', 'cosine', 'one_cycle'),
+        "must be 'constant', 'exponential', 'cosine' or 'one_cycle'",
+    ),
+    ('schedule.decay_per_epoch', lambda v: 0 < v <= 1, 'must be in (0, 1]'),
+    ('schedule.warmup_epochs', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    (
+        'early_stopping.metric',
+        lambda v: v in ('validation_accuracy', 'validation_loss'),
+        "must be 'validation_accuracy' or 'validation_loss'",
+    ),
+    ('early_stopping.patience', lambda v: v >= 0, 'must be at least 0'),
+    ('early_stopping.min_delta', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('keep_checkpoints', lambda v: v >= 1, 'must be at least 1'),
+    ('num_devices', lambda v: v >= 0, 'must be at least 0'),
+    ('steps_per_call', lambda v: v >= 0, 'must be at least 0'),
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks fields, types and ranges.
+
+    Raises:
+        ConfigError: the first thing that is wrong.
+    """
+    expected, actual = flatten(default.get_config()), flatten(config)
+    for field in actual:
+        if field not in expected:
+            raise ConfigError(f'unknown field {field!r}; configs/default.py lists the fields')
+    for field, value in expected.items():
+        if field not in actual:
+            raise ConfigError(f'field {field!r} is missing; configs/default.py lists the fields')
+        if not _same_type(actual[field], value):
+            raise ConfigError(f'{field} must be of type {type(value).__name__}, not {actual[field]!r}')
+    for field, holds, message in _RULES:
+        if not holds(actual[field]):
+            raise ConfigError(f'{field} {message}, not {actual[field]!r}')
+    if config.model.name == 'vit' and config.model.embed_dim % config.model.num_heads:
+        raise ConfigError('model.embed_dim must be divisible by model.num_heads')
+    if config.schedule.warmup_epochs > config.num_epochs:
+        raise ConfigError('schedule.warmup_epochs must not exceed num_epochs')
+
+
+def _same_type(value: Any, example: Any) -> bool:
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and all(map(_is_number, value))
+    if isinstance(example, float):
+        return _is_number(value)
+    return type(value) is type(example)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def flatten(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+    """The config as one dict from dotted field to value."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(flatten(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else {f'{prefix}{key}': value})
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; `from_json` gives the same config back."""
+    return json.dumps(config.to_dict(), indent=2) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads what `to_json` wrote.
+
+    Raises:
+        ConfigError: not JSON, or not a valid config.
+    """
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError('not a JSON object')
+        config = ConfigDict(values, convert_dict=True)
+        for field in ('random_resized_crop_scale', 'random_resized_crop_ratio'):  # JSON has no tuples
+            with config.ignore_type():
+                config.augment[field] = tuple(values['augment'][field])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f'not a config: {_one_line(error)}') from error
+    validate(config)
+    return config
+
+
+# Fields that say how a run is carried out, not what it computes; they may differ when a run goes on.
+EXECUTION_FIELDS = ('evaluation_batch_size', 'keep_checkpoints', 'num_devices', 'steps_per_call')
+
+
+def differing_fields(left: ConfigDict, right: ConfigDict) -> list[str]:
+    """Dotted names of the fields that make two runs different ones."""
+    left_fields, right_fields = flatten(left), flatten(right)
+    return [
+        field
+        for field in left_fields
+        if field not in EXECUTION_FIELDS and left_fields[field] != right_fields.get(field)
+    ]

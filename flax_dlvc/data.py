@@ -1,0 +1,357 @@
+"""A dataset as uint8 images and integer labels: loading, splitting, the order of an epoch, placement on devices.
+
+Shapes: N examples, H height, W width, C channels, S steps, D devices, B examples per device and step.
+
+`python -m flax_dlvc.data --dataset cifar10 --archive PATH` prepares CIFAR-10 or CIFAR-100 from an official archive.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flax_dlvc.errors import ConfigError
+
+# Per-channel statistics of CIFAR-10's training images in [0, 1], as the report's course handed them out. Other
+# datasets' are computed from their training split.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+PREPARABLE = ('cifar10', 'cifar100')  # datasets that are prepared from their official archive, without TensorFlow
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples: `images` (N, H, W, C) uint8 and `labels` (N,) int32, possibly mapped from a file."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Three disjoint splits, the names of the classes, and the training images' mean and deviation per channel."""
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+        return self.train.images.shape[1:]
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Loads the dataset that a config names; CIFAR-10 and CIFAR-100 are prepared first where they are not yet.
+
+    Args:
+        config: a valid config; `dataset`, `splits`, `batch_size` and `model.patch_size` are read.
+
+    Raises:
+        ConfigError: unknown or unprepared dataset, a slice that is malformed, empty or overlaps another, images of
+            mixed sizes, labels outside the classes, or a config that does not fit the data.
+    """
+    source = _Digits() if config.dataset == 'digits' else _Tfds(config.dataset)
+    slices = {split: _parse_slice(config.splits[split], source.sizes) for split in ('train', 'validation', 'test')}
+    _check_disjoint(slices)
+    splits = {split: _take(source, ranges) for split, ranges in slices.items()}
+    if config.dataset == 'cifar10':
+        mean, std = CIFAR10_MEAN, CIFAR10_STD
+    else:
+        mean, std = channel_statistics(splits['train'].images)
+    dataset = Dataset(config.dataset, source.class_names, mean, std, **splits)
+    _check_fit(config, dataset)
+    return dataset
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation per channel of uint8 images (N, H, W, C), on the scale [0, 1]."""
+    values = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[-1]):
+        share = np.bincount(images[..., channel].reshape(-1), minlength=256) / images[..., channel].size
+        mean = float(share @ values)
+        means.append(mean)
+        # A constant channel carries nothing; dividing by one keeps it finite.
+        deviations.append(float(np.sqrt(share @ (values - mean) ** 2)) or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, a permutation (N,) int32: a pure function of its arguments."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(num_examples).astype(np.int32)
+
+
+def training_batches(order: np.ndarray, batch_size: int, num_devices: int) -> np.ndarray:
+    """Cuts an epoch's order (N,) into steps (S, D, B); the last N mod batch_size examples sit this epoch out."""
+    num_steps = len(order) // batch_size
+    return order[: num_steps * batch_size].reshape(num_steps, num_devices, batch_size // num_devices)
+
+
+def evaluation_batches(num_examples: int, batch_size: int, num_devices: int) -> np.ndarray:
+    """Every example once, in order, as steps (S, D, B) int32; -1 fills the last step up."""
+    per_device = -(-min(batch_size, num_examples) // num_devices)
+    num_steps = -(-num_examples // (per_device * num_devices))
+    indices = np.full(num_steps * num_devices * per_device, -1, np.int32)
+    indices[:num_examples] = np.arange(num_examples)
+    return indices.reshape(num_steps, num_devices, per_device)
+
+
+def place(split: Split, sharding: Any) -> tuple[Any, Any]:
+    """Puts a split's images and labels on devices; on a single CPU device they stay mapped where they are."""
+    import jax
+
+    return jax.device_put((split.images, split.labels), sharding)
+
+
+# Slices
+
+
+def _parse_slice(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Turns a TFDS slice such as 'train[:80%]+test[:10]' into (split, start, stop) ranges."""
+    import tensorflow_datasets as tfds
+
+    infos = {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=None)
+        for name, size in sizes.items()
+    }
+    try:
+        instructions = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    except (AssertionError, KeyError, ValueError) as error:
+        available = ', '.join(f'{name} ({size:,})' for name, size in sizes.items())
+        raise ConfigError(f'splits: {spec!r} is not a slice of the available splits: {available}') from error
+    ranges = []
+    for instruction in instructions:
+        start, stop, _ = slice(instruction.from_, instruction.to).indices(sizes[instruction.splitname])
+        if stop <= start:
+            raise ConfigError(f'splits: {spec!r} holds no examples; {instruction.splitname} has {sizes}')
+        ranges.append((instruction.splitname, start, stop))
+    return ranges
+
+
+def _check_disjoint(slices: dict[str, list[tuple[str, int, int]]]) -> None:
+    ranges = sorted((*range_, split) for split, ranges in slices.items() for range_ in ranges)
+    for (base, _, stop, split), (next_base, next_start, _, next_split) in zip(ranges, ranges[1:], strict=False):
+        if base == next_base and next_start < stop:
+            raise ConfigError(f'splits.{split} and splits.{next_split} share examples of {base!r}; make them disjoint')
+
+
+def _take(source: '_Digits | _Tfds', ranges: list[tuple[str, int, int]]) -> Split:
+    parts = []
+    for base, start, stop in ranges:
+        split = source.read(base)
+        parts.append(Split(split.images[start:stop], split.labels[start:stop]))
+    if len(parts) == 1:
+        return parts[0]
+    return Split(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
+
+
+def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
+    height, width, _ = dataset.image_shape
+    if len({split.images.shape[1:] for split in (dataset.train, dataset.validation, dataset.test)}) > 1:
+        raise ConfigError(f'{dataset.name}: the splits hold images of different sizes')
+    if config.batch_size > len(dataset.train):
+        raise ConfigError(
+            f'batch_size {config.batch_size} is larger than the training split of {len(dataset.train)} examples'
+        )
+    if config.model.name == 'vit' and (height % config.model.patch_size or width % config.model.patch_size):
+        raise ConfigError(f'model.patch_size {config.model.patch_size} does not divide the {height}x{width} images')
+
+
+# Sources: a dict of split sizes, class names, and `read(split)`
+
+
+class _Digits:
+    """scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 grey levels), enlarged to 32x32x3.
+
+    300 examples are the test split. Both it and every leading share of the training examples that is a multiple of
+    20 % are stratified: the same classes in the same proportions, within one example.
+    """
+
+    class_names = tuple(str(digit) for digit in range(10))
+    sizes = {'train': 1497, 'test': 300}  # noqa: RUF012, a constant
+
+    def read(self, split: str) -> Split:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import StratifiedKFold, train_test_split
+
+        digits, labels = load_digits(return_X_y=True)
+        train, test = train_test_split(
+            np.arange(len(labels)), test_size=self.sizes['test'], stratify=labels, random_state=0
+        )
+        if split == 'train':
+            folds = StratifiedKFold(5, shuffle=True, random_state=0).split(train, labels[train])
+            chosen = np.concatenate([train[fold] for _, fold in folds])
+        else:
+            chosen = test
+        small = np.rint(digits[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+        images = np.broadcast_to(small.repeat(4, axis=1).repeat(4, axis=2), (len(chosen), 32, 32, 3))
+        return Split(np.ascontiguousarray(images), labels[chosen].astype(np.int32))
+
+
+class _Tfds:
+    """A dataset that TFDS has prepared as ArrayRecord files, decoded once into arrays that later starts map."""
+
+    def __init__(self, name: str):
+        import logging
+
+        logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS recommends OpenCV at every decode
+        import tensorflow_datasets as tfds
+
+        try:
+            self._builder = tfds.builder(name)
+            if not self._builder.info.splits and name in PREPARABLE:
+                from flax_dlvc import archive
+
+                archive.prepare(name, Path(tfds.core.constants.DATA_DIR), None)
+                self._builder = tfds.builder(name)
+        except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
+            raise ConfigError(f"dataset {name!r} is neither 'digits' nor a TFDS dataset") from error
+        self._name = name
+        info = self._builder.info
+        if not info.splits:
+            raise ConfigError(
+                f'{name} is not prepared in {tfds.core.constants.DATA_DIR}: prepare it with TFDS as array_record, '
+                'set TFDS_DATA_DIR, or use the embedded --config.dataset=digits'
+            )
+        if not {'image', 'label'} <= set(info.features or ()) or not hasattr(info.features['label'], 'num_classes'):
+            raise ConfigError(f"{name} has no 'image' with a class 'label'")
+        self.class_names = tuple(info.features['label'].names)
+        self.sizes = {split: info.splits[split].num_examples for split in info.splits}
+        self._decoded: dict[str, Split] = {}
+
+    def read(self, split: str) -> Split:
+        if split not in self._decoded:
+            self._decoded[split] = self._read_cached(split)
+        return self._decoded[split]
+
+    def _read_cached(self, split: str) -> Split:
+        """Maps the decoded arrays; decodes them first where they are missing, stale or damaged."""
+        source = Path(self._builder.data_path)
+        fingerprint = _fingerprint(source, split)
+        digest = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
+        directory = cache_directory() / 'decoded' / f'{self._name}-{self._builder.version}-{digest}' / split
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(directory.with_suffix('.lock')):
+                cached = _map_arrays(directory, fingerprint)
+                if cached is None:
+                    self._decode(split, directory, fingerprint)
+                    cached = _map_arrays(directory, fingerprint)
+        except OSError as error:
+            raise ConfigError(
+                f'cannot keep decoded images in {directory}: {error.strerror}; set FLAX_DLVC_CACHE_DIR'
+            ) from error
+        if cached is None:
+            raise ConfigError(f'{self._name} changed while it was decoded; start again')
+        return cached
+
+    def _decode(self, split: str, directory: Path, fingerprint: str) -> None:
+        """Decodes a split with several threads into a new directory that then takes the old one's place."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        try:
+            examples = self._builder.as_data_source(split)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f'{self._name} is not prepared as ArrayRecord files; prepare it with file_format="array_record"'
+            ) from error
+        size = self.sizes[split]
+        if size == 0:
+            raise ConfigError(f'{self._name}: split {split!r} is empty')
+        shape = examples[0]['image'].shape
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'{split}-') as temporary:
+            building = Path(temporary) / split
+            building.mkdir()
+            images = np.lib.format.open_memmap(building / 'images.npy', 'w+', np.uint8, (size, *shape))
+            labels = np.zeros(size, np.int32)
+
+            def decode(indices: Sequence[int]) -> int:
+                for index, example in zip(indices, examples.__getitems__(indices), strict=True):
+                    if example['image'].shape != shape:
+                        raise ConfigError(
+                            f'{self._name}: image {index} of {split!r} is {example["image"].shape}, the first is '
+                            f'{shape}; only images of one size can be used'
+                        )
+                    images[index] = example['image']
+                    labels[index] = example['label']
+                return len(indices)
+
+            chunks = [range(start, min(start + 500, size)) for start in range(0, size, 500)]
+            with (
+                Progress(console=Console(stderr=True), transient=True) as progress,
+                ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+            ):
+                task = progress.add_task(f'decoding {self._name} {split}', total=size)
+                for count in pool.map(decode, chunks):
+                    progress.advance(task, count)
+            if not 0 <= labels.min() <= labels.max() < len(self.class_names):
+                raise ConfigError(f'{self._name}: {split!r} has labels outside its {len(self.class_names)} classes')
+            images.flush()
+            np.save(building / 'labels.npy', labels)
+            manifest = {'source': fingerprint, 'arrays': [zlib.crc32(images), zlib.crc32(labels)]}
+            (building / 'manifest.json').write_text(json.dumps(manifest))
+            if directory.exists():
+                shutil.rmtree(directory)
+            building.rename(directory)
+
+
+def cache_directory() -> Path:
+    """Where decoded images and compiled programs are kept: FLAX_DLVC_CACHE_DIR, or the user's cache directory."""
+    user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(os.environ.get('FLAX_DLVC_CACHE_DIR') or Path(user_cache) / 'flax_dlvc')
+
+
+def _fingerprint(source: Path, split: str) -> str:
+    """Changes when any file of a prepared split changes in size or time, or the dataset's description does."""
+    digest = hashlib.sha256()
+    for path in sorted(source.iterdir()):
+        if path.suffix in ('.json', '.txt'):
+            digest.update(path.read_bytes())
+        elif f'-{split}.' in path.name:
+            digest.update(f'{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}'.encode())
+    return digest.hexdigest()
+
+
+def _map_arrays(directory: Path, fingerprint: str) -> Split | None:
+    """The decoded arrays, or None where they are missing, from other files than these, or damaged."""
+    try:
+        manifest = json.loads((directory / 'manifest.json').read_text())
+        images = np.load(directory / 'images.npy', mmap_mode='r')
+        labels = np.load(directory / 'labels.npy', mmap_mode='r')
+        arrays = [zlib.crc32(images), zlib.crc32(labels)]
+    except (OSError, ValueError):
+        return None
+    if manifest != {'source': fingerprint, 'arrays': arrays}:
+        return None
+    return Split(images, labels)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time pass; the lock ends with its process."""
+    with path.open('w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

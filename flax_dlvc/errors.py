@@ -1,0 +1,46 @@
+"""The errors that end a command in one line, and their exit codes."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class CommandError(Exception):
+    """A command cannot go on; the message is one line that says what is wrong and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(CommandError):
+    """Something a user handed over is wrong: a flag, a field, a file, a directory."""
+
+    exit_code = 2
+
+
+class DivergedError(CommandError):
+    """The loss is no longer finite."""
+
+    exit_code = 3
+
+
+class StoppedError(CommandError):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # the shell's convention
+
+
+def run_command(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr."""
+    try:
+        main(sys.argv)
+    except CommandError as error:
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(0)

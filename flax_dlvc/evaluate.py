@@ -1,0 +1,92 @@
+"""From a state and a split to metrics; also the command.
+
+`python -m flax_dlvc.evaluate --workdir DIR [--split test|validation|train] [--step best|latest|N]` prints the metrics
+of a checkpoint and writes `evaluation-SPLIT.json` into the run directory.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_dlvc import data, rundir, steps
+from flax_dlvc.checkpoint import Checkpoints
+from flax_dlvc.errors import ConfigError, run_command
+from flax_dlvc.metrics import summarize
+from flax_dlvc.setup import Setup, set_up
+
+def evaluate(
+    setup: Setup,
+    variables: Any,
+    split: tuple[jax.Array, jax.Array],
+    between_calls: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Metrics of a model on every example of a split.
+
+    Args:
+        setup: of the run.
+        variables: the model's parameters and batch statistics, replicated over the devices.
+        split: images (N, H, W, C) uint8 and labels (N,), replicated over the devices.
+        between_calls: called between compiled calls; may raise.
+
+    Returns:
+        What `metrics.summarize` returns.
+    """
+    images, labels = split
+    sums = setup.empty_sums()
+    batches = data.evaluation_batches(len(labels), setup.config.evaluation_batch_size, len(setup.devices))
+    for indices in steps.calls(batches, 0, setup.steps_per_call):
+        between_calls()
+        previous, sums = sums, setup.evaluation_step(variables, sums, images, labels, indices)
+        jax.block_until_ready(previous)  # one call is always queued, and never more
+    return summarize(sums)
+
+
+def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str, Any]:
+    """Metrics of a run directory's checkpoint; nothing but the directory and its dataset is needed.
+
+    Args:
+        workdir: the run directory.
+        split_name: 'train', 'validation' or 'test'.
+        which: 'best', 'latest' or a training step.
+
+    Raises:
+        ConfigError: the directory or the checkpoint is missing, damaged, or not one of ours.
+    """
+    config = rundir.read_config(workdir)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.find(which)
+        setup = set_up(config)
+        state, _ = checkpoints.restore(step, jax.eval_shape(setup.create_state), setup.replicated)
+    metrics = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
+    return {'config_name': config.name, 'dataset': config.dataset, 'split': split_name, 'step': step} | metrics
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line, evaluates, prints and writes."""
+    parser = argparse.ArgumentParser('flax_dlvc.evaluate', description='Evaluates a checkpoint of a run directory.')
+    parser.add_argument('--workdir', type=Path, required=True, help='the run directory')
+    parser.add_argument('--split', choices=('test', 'validation', 'train'), default='test')
+    parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+    arguments = parser.parse_args(argv[1:])
+    if not arguments.workdir.is_dir():
+        raise ConfigError(f'{arguments.workdir} is not a run directory')
+    metrics = evaluate_checkpoint(arguments.workdir, arguments.split, arguments.step)
+    path = rundir.write_evaluation(arguments.workdir, arguments.split, metrics)
+    print(f'{metrics["config_name"]} on {metrics["dataset"]} {arguments.split}, step {metrics["step"]}:')
+    print(describe(metrics))
+    print(f'written to {path}')
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """The metrics in one line."""
+    return (
+        f'accuracy {metrics["accuracy"]:.4f}, cross-entropy {metrics["cross_entropy"]:.4f}, '
+        f'mean class accuracy {metrics["mean_class_accuracy"]:.4f} on {metrics["num_examples"]:,} examples'
+    )
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,0 +1,263 @@
+"""The run, told in order, once: restore, train and validate each epoch, stop, test the best checkpoint."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from flax_dlvc import data, rundir, steps, stopping
+from flax_dlvc.checkpoint import Checkpoints, Progress
+from flax_dlvc.errors import DivergedError, StoppedError
+from flax_dlvc.evaluate import describe, evaluate
+from flax_dlvc.metrics import Sums, summarize
+from flax_dlvc.report import Display, TensorBoard, plot_curves
+from flax_dlvc.setup import Setup, set_up
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains, stops, and tests the best checkpoint; goes on where an interrupted run of the same config was.
+
+    Args:
+        config: a valid config.
+        workdir: the run directory; made if it does not exist.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        ConfigError: the dataset, the devices or the directory do not fit the config.
+        DivergedError: a loss is not finite.
+        StoppedError: SIGTERM or SIGINT arrived; the state is saved.
+    """
+    result = rundir.check(workdir, config)
+    if result is None:
+        setup = set_up(config)
+        rundir.create(workdir, config)
+        with (
+            Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
+            Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
+        ):
+            result = train(setup, workdir, checkpoints, display)
+            rundir.write_result(workdir, result)
+    ended = 'stopped early' if result['stopped_early'] else 'ended'
+    print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
+    print(f'test, best epoch {result["best_epoch"]}: {describe(result["test"])}')
+    print(f'curves: {workdir / "curves.png"}')
+    return result
+
+
+def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Display) -> dict[str, Any]:
+    """The run proper, from its newest checkpoint or from nothing to its result."""
+    config, dataset = setup.config, setup.dataset
+    state, progress = restore_or_start(setup, checkpoints)
+    announce(setup, workdir, state, progress, display)
+    train_split, validation_split = setup.place(dataset.train), setup.place(dataset.validation)
+
+    with stop_signals() as check_stop, TensorBoard(workdir, first_epoch=len(progress.history) + 1) as tensorboard:
+        try:
+            while not finished(config, progress):
+                epoch = len(progress.history) + 1
+                first_step = (epoch - 1) * setup.steps_per_epoch
+                step = int(state.step)
+                if step == first_step:
+                    state = state.replace(sums=setup.empty_sums())
+                sums = state.sums
+                monitor = Monitor(setup, step, checkpoints, display)
+                order = data.epoch_order(len(dataset.train), config.seed, epoch)
+                batches = data.training_batches(order, config.batch_size, len(setup.devices))
+                for indices in steps.calls(batches, step - first_step, setup.steps_per_call):
+                    check_stop()
+                    state, sums = setup.train_step(state, *train_split, indices)
+                    step += indices.shape[1]
+                    monitor.note(step, sums)
+                images_per_second = monitor.finish()
+
+                validation = evaluate(setup, state.variables, validation_split, check_stop)
+                check_finite(validation['cross_entropy'], 'validation', step, setup, checkpoints)
+                trained = summarize(sums)
+                record = {
+                    'epoch': epoch,
+                    'step': step,
+                    'train_loss': trained['cross_entropy'],
+                    'train_accuracy': trained['accuracy'],
+                    'validation_loss': validation['cross_entropy'],
+                    'validation_accuracy': validation['accuracy'],
+                    'learning_rate': float(setup.schedule(step - 1)),
+                    'images_per_second': images_per_second,
+                }
+                progress = advance(config, progress, record)
+                checkpoints.save(state, progress)
+                rundir.write_history(workdir, progress.history)
+                tensorboard.epoch(record)
+                display.epoch(record, progress.stopping)
+
+            checkpoints.wait()
+            best, _ = checkpoints.restore(progress.best_step, jax.eval_shape(setup.create_state), setup.replicated)
+            test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
+        except StopRequested as request:
+            checkpoints.save(state, progress)
+            checkpoints.wait()
+            name = signal.Signals(request.signal_number).name
+            message = f'stopped by {name}, saved at step {int(state.step)} in {workdir}; the same command goes on'
+            raise StoppedError(message, request.signal_number) from None
+
+    del test['confusion_matrix']
+    epochs_run = len(progress.history)
+    stopped_early = epochs_run < config.num_epochs
+    best_epoch = progress.stopping.best_epoch
+    plot_curves(
+        progress.history,
+        title=f'{config.name} on {config.dataset}',
+        best_epoch=best_epoch,
+        stopped_early=stopped_early,
+        path=workdir / 'curves.png',
+    )
+    return {
+        'config_name': config.name,
+        'dataset': config.dataset,
+        'seed': config.seed,
+        'best_epoch': best_epoch,
+        'epochs_run': epochs_run,
+        'stopped_early': stopped_early,
+        'num_parameters': count_parameters(state),
+        'test': test,
+    }
+
+
+def restore_or_start(setup: Setup, checkpoints: Checkpoints) -> tuple[steps.TrainState, Progress]:
+    """The newest checkpoint's state and progress, or the initial ones."""
+    if checkpoints.latest_step is None:
+        return jax.device_put(setup.create_state(), setup.replicated), Progress()
+    return checkpoints.restore(checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated)
+
+
+def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Progress, display: Display) -> None:
+    """Says what runs on what, and where it starts; at the very start also the table of parameters."""
+    config, dataset, devices = setup.config, setup.dataset, setup.devices
+    step = int(state.step)
+    if step == 0:
+        display.print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    display.print(
+        f'{config.name}: {config.model.name} with {count_parameters(state):,} parameters on {config.dataset} '
+        f'({len(dataset.train):,} train, {len(dataset.validation):,} validation, {len(dataset.test):,} test), '
+        f'seed {config.seed}, {len(devices)} x {devices[0].device_kind}, in {workdir}'
+    )
+    if step > 0:
+        display.print(f'going on after step {step}, {len(progress.history)} epochs finished')
+
+
+def count_parameters(state: steps.TrainState) -> int:
+    """Trainable parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def finished(config: ConfigDict, progress: Progress) -> bool:
+    """Whether the epochs are used up or early stopping has had enough."""
+    if len(progress.history) >= config.num_epochs:
+        return True
+    return stopping.should_stop(progress.stopping, patience=config.early_stopping.patience)
+
+
+def advance(config: ConfigDict, progress: Progress, record: dict[str, Any]) -> Progress:
+    """The progress after an epoch."""
+    metric = config.early_stopping.metric
+    stopping_state = stopping.update(
+        progress.stopping,
+        record[metric],
+        record['epoch'],
+        minimize=metric == 'validation_loss',
+        min_delta=config.early_stopping.min_delta,
+    )
+    is_best = stopping_state.best_epoch == record['epoch']
+    best_step = record['step'] if is_best else progress.best_step
+    return Progress((*progress.history, record), stopping_state, best_step)
+
+
+def check_finite(loss: float, split: str, step: int, setup: Setup, checkpoints: Checkpoints) -> None:
+    """Raises a `DivergedError` that names the step, the learning rate and the last good checkpoint."""
+    if math.isfinite(loss):
+        return
+    saved = checkpoints.latest_step
+    kept = 'no checkpoint was saved yet' if saved is None else f'the checkpoint of step {saved} is kept'
+    raise DivergedError(
+        f'the {split} loss is {loss} at step {step} with learning rate {float(setup.schedule(step - 1)):.3g}; {kept}; '
+        'lower --config.learning_rate or set --config.optimizer.gradient_clip_norm'
+    )
+
+
+class Monitor:
+    """Watches an epoch's calls: finite loss, speed, the live bar.
+
+    It looks at a call when the next one has been handed to the devices, so that they never wait for the host.
+    """
+
+    def __init__(self, setup: Setup, first_step: int, checkpoints: Checkpoints, display: Display):
+        self._setup, self._checkpoints, self._display = setup, checkpoints, display
+        self._pending: tuple[int, Sums] | None = None
+        self._since = (time.perf_counter(), first_step)
+        self._looked = False
+        self._images_per_second = 0.0
+
+    def note(self, step: int, sums: Sums) -> None:
+        """Takes note of a call that has been handed to the devices and ends with `step`."""
+        self._look()
+        self._pending = (step, sums)
+
+    def finish(self) -> float:
+        """Looks at the last call; returns images/s, without the first call, which may have been compiled."""
+        self._look()
+        self._pending = None
+        return self._images_per_second
+
+    def _look(self) -> None:
+        if self._pending is None:
+            return
+        step, sums = self._pending
+        loss = float(sums.loss.total) / max(1, int(sums.loss.count))  # waits for the call
+        check_finite(loss, 'training', step, self._setup, self._checkpoints)
+        start, first_step = self._since
+        now = time.perf_counter()
+        self._images_per_second = (step - first_step) * self._setup.config.batch_size / (now - start)
+        if not self._looked:
+            self._looked, self._since = True, (now, step)
+        self._display.step(step, summarize(sums), self._images_per_second)
+
+
+class StopRequested(Exception):  # noqa: N818, no error
+    """A signal asked the run to stop at the next opportunity."""
+
+    def __init__(self, signal_number: int):
+        super().__init__()
+        self.signal_number = signal_number
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], None]]:
+    """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process."""
+    received: list[int] = []
+
+    def handle(signal_number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(signal_number)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+    def check_stop() -> None:
+        if received:
+            raise StopRequested(received[0])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check_stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,30 @@
+"""Trains one model: `python -m flax_dlvc.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]`."""
+
+from pathlib import Path
+
+from absl import flags
+
+from flax_dlvc.config import parse_command_line
+from flax_dlvc.errors import run_command
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Defines the flags beside --config."""
+    flags.DEFINE_string(
+        'workdir', None, "The run directory; runs/<config file's stem> by default.", flag_values=flag_values
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line and runs."""
+    flag_values = parse_command_line(argv, define_flags)
+    config = flag_values.config
+    workdir = Path(flag_values.workdir or f'runs/{config.name}')
+
+    from flax_dlvc import loop  # after the command line is known to be right: JAX takes a second to import
+
+    loop.run(config, workdir)
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,0 +1,85 @@
+"""Cross-entropy, and the sums that every other number is divided from.
+
+Shapes: B batch, K classes.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics as clu_metrics
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Cross-entropy in nats of logits (B, K) and integer labels (B,); returns (B,) float32."""
+    if label_smoothing == 0.0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+@flax.struct.dataclass
+class ConfusionMatrix(clu_metrics.Metric):
+    """Counts (K, K) int32: a row per true class, a column per predicted class."""
+
+    counts: jax.Array
+
+    @classmethod
+    def from_model_output(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array, **_: Any) -> 'ConfusionMatrix':
+        """Counts the examples whose mask is set."""
+        num_classes = logits.shape[-1]
+        counts = jnp.zeros((num_classes, num_classes), jnp.int32)
+        return cls(counts.at[labels, logits.argmax(-1)].add(mask.astype(jnp.int32)))
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over examples: all leaves add up, over steps by `merge` and over devices by `psum`."""
+
+    loss: clu_metrics.Average
+    confusion: ConfusionMatrix
+
+    @classmethod
+    def from_model_output(cls, *, losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> 'Sums':
+        """Sums losses (B,), logits (B, K) and labels (B,) over the examples whose mask (B,) is set."""
+        return cls(
+            loss=clu_metrics.Average.from_model_output(losses, mask),
+            confusion=ConfusionMatrix.from_model_output(logits, labels, mask),
+        )
+
+    @classmethod
+    def empty(cls, num_classes: int) -> 'Sums':
+        """The sums over no examples."""
+        confusion = ConfusionMatrix(jnp.zeros((num_classes, num_classes), jnp.int32))
+        return cls(loss=clu_metrics.Average.empty(), confusion=confusion)
+
+    def merge(self, other: 'Sums') -> 'Sums':
+        """The sums over both."""
+        return jax.tree.map(jnp.add, self, other)
+
+
+def summarize(sums: Sums) -> dict[str, Any]:
+    """Divides, once, on the host.
+
+    Returns:
+        `cross_entropy` in nats per example, `accuracy`, `mean_class_accuracy` and `per_class_accuracy` in [0, 1],
+        `num_examples`, and `confusion_matrix` with a row per true class. A class without examples has no accuracy: it
+        is None, and the mean is over the others.
+    """
+    sums = jax.device_get(sums)
+    confusion = np.asarray(sums.confusion.counts, np.int64)
+    num_examples = int(sums.loss.count)
+    class_sizes = confusion.sum(axis=1)
+    per_class = [int(hits) / int(size) if size else None for hits, size in zip(confusion.diagonal(), class_sizes, strict=True)]
+    present = [accuracy for accuracy in per_class if accuracy is not None]
+    return {
+        'accuracy': int(confusion.trace()) / num_examples,
+        'mean_class_accuracy': sum(present) / len(present),
+        'cross_entropy': float(sums.loss.total) / num_examples,
+        'per_class_accuracy': per_class,
+        'num_examples': num_examples,
+        'confusion_matrix': confusion.tolist(),
+    }

@@ -1,0 +1,92 @@
+"""The report's vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929; layout of the UvA tutorial 15).
+
+Shapes: B batch, H height, W width, C channels, P patch size, N tokens, D embedding, F hidden features, A heads.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_dlvc.models.layers import Dropout
+
+
+def image_to_patches(x: jax.Array, patch_size: int) -> jax.Array:
+    """Cuts images (B, H, W, C) into flattened patches (B, H W / P², C P P), rows first, channels first in a patch."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch_size, patch_size, width // patch_size, patch_size, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4)  # (B, H/P, W/P, C, P, P)
+    return x.reshape(batch, -1, channels * patch_size * patch_size)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with dropout on the attention weights, as `torch.nn.MultiheadAttention`."""
+
+    num_heads: int
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps tokens (B, N, D) to tokens (B, N, D)."""
+        batch, tokens, embed_dim = x.shape
+        head_dim = embed_dim // self.num_heads
+        # PyTorch initialises the joint projection as one (3D, D) matrix and both biases with zeros.
+        qkv = nn.Dense(3 * embed_dim, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name='in_proj')(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+        query, key, value = qkv  # (B, A, N, D/A) each
+        scores = query @ key.swapaxes(-1, -2) / jnp.sqrt(head_dim).astype(self.dtype)  # (B, A, N, N)
+        weights = nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
+        weights = Dropout(self.dropout_rate)(weights, deterministic=not train)
+        x = (weights @ value).transpose(0, 2, 1, 3).reshape(batch, tokens, embed_dim)
+        return nn.Dense(embed_dim, dtype=self.dtype, name='out_proj')(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and a two-layer MLP, each added to its input."""
+
+    hidden_dim: int
+    num_heads: int
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps tokens (B, N, D) to tokens (B, N, D)."""
+        embed_dim = x.shape[-1]
+        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_1')(x)
+        x = x + SelfAttention(self.num_heads, self.dropout_rate, self.dtype, name='attn')(y, train=train)
+        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_2')(x)
+        y = nn.gelu(nn.Dense(self.hidden_dim, dtype=self.dtype, name='linear_0')(y), approximate=False)
+        y = Dropout(self.dropout_rate)(y, deterministic=not train)
+        y = nn.Dense(embed_dim, dtype=self.dtype, name='linear_3')(y)
+        return x + Dropout(self.dropout_rate)(y, deterministic=not train)
+
+
+class ViT(nn.Module):
+    """Patches, class token, learned positions, transformer blocks, and a classifier on the class token."""
+
+    num_classes: int
+    embed_dim: int = 256
+    hidden_dim: int = 512
+    num_heads: int = 8
+    num_layers: int = 6
+    patch_size: int = 4
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps normalised images (B, H, W, C) to logits (B, num_classes) in float32."""
+        x = image_to_patches(x, self.patch_size)
+        batch, num_patches, _ = x.shape
+        x = nn.Dense(self.embed_dim, dtype=self.dtype, name='input_layer')(x)
+        normal = nn.initializers.normal(1.0)  # the tutorial's torch.randn
+        cls_token = self.param('cls_token', normal, (1, 1, self.embed_dim)).astype(self.dtype)
+        positions = self.param('pos_embedding', normal, (1, num_patches + 1, self.embed_dim)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, self.embed_dim)), x], axis=1) + positions  # (B, N, D)
+        x = Dropout(self.dropout_rate)(x, deterministic=not train)
+        for layer in range(self.num_layers):
+            block = Block(self.hidden_dim, self.num_heads, self.dropout_rate, self.dtype, name=f'transformer_{layer}')
+            x = block(x, train=train)
+        x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='mlp_head_0')(x[:, 0])
+        return nn.Dense(self.num_classes, dtype=self.dtype, name='mlp_head_1')(x).astype(jnp.float32)

@@ -1,0 +1,125 @@
+"""What a run shows: a line or a live bar per epoch, curves, TensorBoard."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flax_dlvc.stopping import Stopping
+
+
+class Display:
+    """The terminal's view of a run: a live bar over the steps of an epoch, and a line for each finished epoch.
+
+    Without a terminal there are only the lines. A context manager, since the bar has to be taken down.
+    """
+
+    def __init__(self, *, num_epochs: int, steps_per_epoch: int):
+        self._num_epochs = num_epochs
+        self._steps_per_epoch = steps_per_epoch
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._progress = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn('{task.fields[status]}'),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task('', total=num_epochs * steps_per_epoch, status='')
+        self._best = ''
+
+    def __enter__(self) -> 'Display':
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
+        """Moves the bar to a finished step; the metrics are the epoch's so far."""
+        self._progress.update(
+            self._task,
+            completed=step,
+            description=f'epoch {(step - 1) // self._steps_per_epoch + 1}/{self._num_epochs}',
+            status=f'loss {metrics["cross_entropy"]:.3f}  accuracy {metrics["accuracy"]:.3f}'
+            f'  {images_per_second:,.0f} images/s{self._best}',
+        )
+
+    def epoch(self, record: dict[str, Any], stopping: Stopping) -> None:
+        """Prints the line of a finished epoch."""
+        self._best = f'  best {stopping.best_value:.4f} (epoch {stopping.best_epoch})'
+        self.print(
+            f'epoch {record["epoch"]:>3}/{self._num_epochs}'
+            f'  train loss {record["train_loss"]:.4f} accuracy {record["train_accuracy"]:.4f}'
+            f'  validation loss {record["validation_loss"]:.4f} accuracy {record["validation_accuracy"]:.4f}'
+            f'  learning rate {record["learning_rate"]:.2e}'
+            f'  {record["images_per_second"]:,.0f} images/s{self._best}'
+        )
+
+    def print(self, text: str) -> None:
+        """Prints above the bar."""
+        self._console.print(text, markup=False)
+
+
+class TensorBoard:
+    """TensorBoard's scalars; a context manager that closes the event file."""
+
+    def __init__(self, workdir: Path, first_epoch: int):
+        from tensorboardX import SummaryWriter  # over a second to import
+
+        # Epochs that an interrupted run logged but did not save are logged again: let the later ones count.
+        self._writer = SummaryWriter(str(workdir / 'tensorboard'), purge_step=first_epoch)
+
+    def __enter__(self) -> 'TensorBoard':
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Logs a record of the history, at its epoch."""
+        for key, value in record.items():
+            if key != 'epoch':
+                tag = key.replace('_', '/', 1) if key.startswith(('train_', 'validation_')) else key
+                self._writer.add_scalar(tag, value, record['epoch'])
+        self._writer.flush()
+
+
+def plot_curves(
+    history: Sequence[dict[str, Any]], *, title: str, best_epoch: int | None, stopped_early: bool, path: Path
+) -> None:
+    """Draws loss and accuracy per epoch, train and validation, with the best and the stopping epoch marked."""
+    from matplotlib.figure import Figure
+
+    epochs = [record['epoch'] for record in history]
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    figure.suptitle(title)
+    for axes, quantity, label in zip(
+        figure.subplots(1, 2), ('loss', 'accuracy'), ('cross-entropy (nats)', 'accuracy'), strict=True
+    ):
+        # Orange and blue of the colour-blind safe palette of Okabe and Ito; the line style tells them apart in print.
+        for split, colour, style in (('train', '#E69F00', '--'), ('validation', '#0072B2', '-')):
+            values = [record[f'{split}_{quantity}'] for record in history]
+            axes.plot(epochs, values, style, color=colour, marker='.', label=split)
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color='0.5', linestyle=':', label=f'best: epoch {best_epoch}')
+        if stopped_early:
+            axes.axvline(epochs[-1], color='0.2', linewidth=1, label=f'stopped: epoch {epochs[-1]}')
+        axes.set_xlabel('epoch')
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    temporary = path.with_suffix('.tmp.png')
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)

@@ -1,0 +1,119 @@
+"""The run directory's text files: config.json, metrics.jsonl, result.json, evaluation-SPLIT.json.
+
+Each is written whole to a temporary file that then takes its name, so a reader never sees half of one.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flax_dlvc import config as config_module
+from flax_dlvc.errors import ConfigError
+
+
+def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """Whether `config` may run in a directory; writes nothing.
+
+    Returns:
+        The result of the finished run that the directory holds, or None.
+
+    Raises:
+        ConfigError: the directory holds a run of another config, or something that is not a run.
+    """
+    if not workdir.exists():
+        return None
+    if not workdir.is_dir():
+        raise ConfigError(f'{workdir} is not a directory; choose another --workdir')
+    if not (workdir / 'config.json').exists():
+        if (workdir / 'checkpoints').exists() or (workdir / 'result.json').exists():
+            raise ConfigError(f'{workdir} holds a run without its config.json; choose another --workdir')
+        return None
+    differing = config_module.differing_fields(config, read_config(workdir))
+    if differing:
+        raise ConfigError(
+            f'{workdir} holds a run of another config, which differs in {", ".join(differing)}; '
+            'choose another --workdir or remove it'
+        )
+    return read_result(workdir)
+
+
+def create(workdir: Path, config: ConfigDict) -> None:
+    """Makes the directory and writes config.json, unless it is there already.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f'cannot write {workdir}: {error.strerror}; choose another --workdir') from error
+    if not (workdir / 'config.json').exists():
+        _write(workdir / 'config.json', config_module.to_json(config))
+    elif not os.access(workdir, os.W_OK):
+        raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run directory.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    try:
+        return config_module.from_json((workdir / 'config.json').read_text())
+    except ConfigError as error:
+        raise ConfigError(f'{workdir / "config.json"}: {error}') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{workdir} is not a run directory: it has no readable config.json') from error
+
+
+def read_result(workdir: Path) -> dict[str, Any] | None:
+    """The result of a finished run, or None.
+
+    Raises:
+        ConfigError: there is one, but damaged.
+    """
+    path = workdir / 'result.json'
+    try:
+        result = json.loads(path.read_text())
+        if not isinstance(result, dict) or 'accuracy' not in result['test']:
+            raise ValueError('no test accuracy')
+        return result
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f'{path} is damaged; remove it and the run ends again from its checkpoint') from error
+
+
+def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl, a line per epoch."""
+    _write(workdir / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in history))
+
+
+def write_result(workdir: Path, result: dict[str, Any]) -> None:
+    """Writes result.json: the run has ended."""
+    _write(workdir / 'result.json', json.dumps(result, indent=2) + '\n')
+
+
+def write_evaluation(workdir: Path, split: str, metrics: dict[str, Any]) -> Path:
+    """Writes evaluation-SPLIT.json and returns its path."""
+    path = workdir / f'evaluation-{split}.json'
+    _write(path, json.dumps(metrics, indent=2) + '\n')
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        with temporary.open('w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f'cannot write {path}: {error.strerror}') from error

@@ -1,0 +1,118 @@
+"""What a config stands for: its dataset, model, optimiser, devices and compiled steps, built once per run."""
+
+import dataclasses
+from functools import cached_property
+
+import flax.linen as nn
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from flax_dlvc import data, optim, steps
+from flax_dlvc.augment import make_augmentation
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.metrics import Sums
+from flax_dlvc.models import create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A config, its data in host memory, and what is derived from the two; nothing is compiled before it is used."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    devices: list[jax.Device]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the dataset, outputs of the model."""
+        return len(self.dataset.class_names)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps in an epoch; the examples that do not fill a batch sit it out."""
+        return len(self.dataset.train) // self.config.batch_size
+
+    @property
+    def steps_per_call(self) -> int:
+        """Steps in one compiled call."""
+        return self.config.steps_per_call or steps.default_steps_per_call()
+
+    @property
+    def replicated(self) -> jax.sharding.Sharding:
+        """A copy on every device of the run."""
+        return steps.replicated(self.devices)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, without parameters."""
+        return create_model(
+            num_classes=self.num_classes,
+            dropout_rate=self.config.dropout_rate,
+            dtype=self.config.compute_dtype,
+            **self.config.model,
+        )
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """Learning rate by step."""
+        return optim.make_schedule(self.config, self.steps_per_epoch)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimiser, with the schedule inside."""
+        return optim.make_optimizer(self.config, self.schedule)
+
+    @cached_property
+    def train_step(self) -> steps.TrainStep:
+        """The training step of `steps.make_train_step`."""
+        return steps.make_train_step(
+            model=self.model,
+            optimizer=self.optimizer,
+            augmentation=make_augmentation(self.config.augment),
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            label_smoothing=self.config.label_smoothing,
+            seed=self.config.seed,
+            devices=self.devices,
+        )
+
+    @cached_property
+    def evaluation_step(self) -> steps.EvaluationStep:
+        """The evaluation step of `steps.make_evaluation_step`."""
+        return steps.make_evaluation_step(
+            model=self.model, mean=self.dataset.mean, std=self.dataset.std, devices=self.devices
+        )
+
+    def create_state(self) -> steps.TrainState:
+        """The initial training state, on one device."""
+        return steps.create_state(
+            self.model, self.optimizer, self.dataset.image_shape, self.num_classes, self.config.seed
+        )
+
+    def empty_sums(self) -> Sums:
+        """Sums over no examples, on every device."""
+        return jax.device_put(Sums.empty(self.num_classes), self.replicated)
+
+    def place(self, split: data.Split) -> tuple[jax.Array, jax.Array]:
+        """A split's images and labels, on every device."""
+        return data.place(split, self.replicated)
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Loads the data and chooses the devices.
+
+    Raises:
+        ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
+    """
+    steps.keep_compiled_programs(data.cache_directory() / 'compiled')
+    dataset = data.load(config)
+    devices = steps.local_devices(config.num_devices)
+    for field in ('batch_size', 'evaluation_batch_size'):
+        if config[field] % len(devices):
+            raise ConfigError(
+                f'{field} {config[field]} is not divisible by the {len(devices)} devices; '
+                f'set --config.{field} or --config.num_devices'
+            )
+    return Setup(config, dataset, devices)
+

@@ -1,0 +1,225 @@
+"""The training state, the training step and the evaluation step; the only file that knows devices.
+
+Shapes: D devices, S steps in one call, B examples per device and step, N examples, H W C image, K classes.
+
+Every step takes the whole split, which lies on the devices, and the indices of the examples to use. The state is
+replicated: it goes in and comes out without a leading device axis.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flax_dlvc.augment import Augmentation
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.metrics import Sums, cross_entropy
+
+AXIS = 'devices'
+
+# (state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, copy of state.sums)
+TrainStep = Callable[..., tuple['TrainState', Sums]]
+# (variables, sums, images (N, H, W, C), labels (N,), indices (D, S, B)) -> sums
+EvaluationStep = Callable[..., Sums]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training depends on, besides the config and the data.
+
+    `sums` are those of the current epoch, so that an epoch can be left and taken up again in its middle.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    sums: Sums
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied with."""
+        return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def local_devices(num_devices: int) -> list[jax.Device]:
+    """The first `num_devices` local devices; all of them for 0.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    devices = jax.local_devices()
+    if num_devices > len(devices):
+        raise ConfigError(f'num_devices is {num_devices}, but there are {len(devices)} devices')
+    return devices[: num_devices or len(devices)]
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Turns on JAX's persistent compilation cache, unless the user has chosen a directory for it."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update('jax_compilation_cache_dir', str(directory))
+
+
+def default_steps_per_call() -> int:
+    """Steps worth compiling into one call: one on a CPU, where a loop slows convolutions and dispatch is cheap."""
+    return 1 if jax.default_backend() == 'cpu' else 50
+
+
+def create_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: Sequence[int], num_classes: int, seed: int
+) -> TrainState:
+    """Initialises a state on one device; a pure function of its arguments."""
+    key, _, _ = _keys(seed)
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    params = variables['params']
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get('batch_stats', {}),
+        opt_state=optimizer.init(params),
+        sums=Sums.empty(num_classes),
+    )
+
+
+def _keys(seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Independent keys for initialisation, augmentation and dropout."""
+    init_key, augmentation_key, dropout_key = jax.random.split(jax.random.key(seed), 3)
+    return init_key, augmentation_key, dropout_key
+
+
+def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
+    """The sharding of the state and of a split: a copy on every device."""
+    mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def make_train_step(
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    augmentation: Augmentation | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    label_smoothing: float,
+    seed: int,
+    devices: Sequence[jax.Device],
+) -> TrainStep:
+    """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
+
+    Augmentation has a key per step and example, so it does not depend on the number of devices; dropout has a key per
+    step and device, so its masks do. Batch normalisation uses each device's own statistics and averages the running
+    ones over the devices.
+
+    Args:
+        model: maps float images (B, H, W, C) to logits (B, K).
+        optimizer: turns averaged gradients into updates.
+        augmentation: applied to each image in [0, 1], before normalisation.
+        mean: per channel, on the scale [0, 1].
+        std: per channel, on the scale [0, 1].
+        label_smoothing: probability mass spread over all classes; the reported loss contains it.
+        seed: of augmentation and dropout.
+        devices: to run on; the state and the split must be replicated over them.
+
+    Returns:
+        The compiled step. It takes the state (and frees it), images, labels and indices (D, S, B), and returns the new
+        state and a copy of its sums that the next call does not free.
+    """
+    _, augmentation_key, dropout_key = _keys(seed)
+
+    def loss_function(
+        params: Any, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Sums, Any]]:
+        variables = {'params': params, 'batch_stats': state.batch_stats}
+        logits, updated = model.apply(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': key})
+        losses = cross_entropy(logits, labels, label_smoothing)
+        mask = jnp.ones_like(labels, bool)
+        sums = Sums.from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
+        return losses.mean(), (sums, updated.get('batch_stats', {}))
+
+    def update(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> TrainState:
+        batch = images[indices].astype(jnp.float32) / 255
+        if augmentation is not None:
+            step_key = jax.random.fold_in(augmentation_key, state.step)
+            example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
+            batch = jax.vmap(augmentation)(example_keys, batch)
+        key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
+        gradient_function = jax.grad(loss_function, has_aux=True)
+        gradients, (sums, batch_stats) = gradient_function(
+            state.params, state, normalize(batch, mean, std), labels[indices], key
+        )
+        gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            sums=state.sums.merge(jax.lax.psum(sums, AXIS)),
+        )
+
+    def train_step(
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> tuple[TrainState, Sums]:
+        state = _fold(lambda state, batch: update(state, images, labels, batch), state, indices)
+        return state, state.sums
+
+    return _in_turn(
+        jax.pmap(
+            train_step, AXIS, in_axes=(None, None, None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
+        ),
+        devices,
+    )
+
+
+def make_evaluation_step(
+    *, model: nn.Module, mean: Sequence[float], std: Sequence[float], devices: Sequence[jax.Device]
+) -> EvaluationStep:
+    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none."""
+
+    def add(sums: Sums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
+        batch = images[indices].astype(jnp.float32) / 255
+        logits = model.apply(variables, normalize(batch, mean, std), train=False)
+        losses = cross_entropy(logits, labels[indices])
+        new = Sums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
+        return sums.merge(jax.lax.psum(new, AXIS))
+
+    def evaluation_step(
+        variables: Any, sums: Sums, images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> Sums:
+        return _fold(lambda sums, batch: add(sums, variables, images, labels, batch), sums, indices)
+
+    return _in_turn(
+        jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices), devices
+    )
+
+
+def _in_turn(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
+    """Waits for each call on several CPU devices: their collectives deadlock when calls run ahead."""
+    if len(devices) == 1 or devices[0].platform != 'cpu':
+        return step
+    return lambda *arguments: jax.block_until_ready(step(*arguments))
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Images (B, H, W, C) in [0, 1] to zero mean and unit deviation per channel."""
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def _fold(function: Callable[[Any, jax.Array], Any], carry: Any, batches: jax.Array) -> Any:
+    """Applies `function(carry, batch)` for each of batches (S, B); a single one without a loop around it."""
+    if len(batches) == 1:
+        return function(carry, batches[0])
+    return jax.lax.scan(lambda carry, batch: (function(carry, batch), None), carry, batches)[0]
+
+
+def calls(batches: np.ndarray, first_step: int, steps_per_call: int) -> list[np.ndarray]:
+    """Cuts steps (steps, D, B), from `first_step` on, into the calls' indices (D, S, B), S <= steps_per_call."""
+    return [
+        batches[start : start + steps_per_call].swapaxes(0, 1)
+        for start in range(first_step, len(batches), steps_per_call)
+    ]
