@@ -17,8 +17,8 @@ class CNN(nn.Module):
 
     num_classes: int
     dropout_rate: float = 0.0
-    stage_features: Sequence[int] = (64, 128, 256)
-    hidden_features: int = 128
+    stage_features: Sequence[int] = (32, 64, 128)
+    hidden_features: int = 256
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
