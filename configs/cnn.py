@@ -1,4 +1,4 @@
-"""x"""
+"""DOC"""
 
 from ml_collections import ConfigDict
 

@@ -1,12 +1,14 @@
-"""x"""
+"""The embedded data in a minute: the CNN with dropout on scikit-learn's handwritten digits.
+
+python -m flax_dlvc.main --config configs/quickstart.py
+"""
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import cnn_dropout
 
 
 def get_config() -> ConfigDict:
-    config = default.get_config()
+    config = cnn_dropout.get_config()
     config.dataset = 'digits'
-    config.dropout_rate = 0.5
     return config

@@ -26,7 +26,7 @@ class Progress:
     """
 
     history: tuple[dict[str, Any], ...] = ()
-    stopping: Stopping = Stopping()
+    stopping: Stopping = dataclasses.field(default_factory=Stopping)
     best_step: int | None = None
 
 

@@ -35,7 +35,7 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
         config = flag_values.config
         if config is None:
             raise ConfigError('no config: say --config configs/NAME.py')
-        config.name = config.name or Path(flag_values['config'].config_filename).stem
+        config.name = config.name or Path(config_flags.get_config_filename(flag_values['config'])).stem
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything

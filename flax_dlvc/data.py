@@ -8,6 +8,7 @@ Shapes: N examples, H height, W width, C channels, S steps, D devices, B example
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -75,10 +76,8 @@ def load(config: ConfigDict) -> Dataset:
     slices = {split: _parse_slice(config.splits[split], source.sizes) for split in ('train', 'validation', 'test')}
     _check_disjoint(slices)
     splits = {split: _take(source, ranges) for split, ranges in slices.items()}
-    if config.dataset == 'cifar10':
-        mean, std = CIFAR10_MEAN, CIFAR10_STD
-    else:
-        mean, std = channel_statistics(splits['train'].images)
+    statistics = (CIFAR10_MEAN, CIFAR10_STD)
+    mean, std = statistics if config.dataset == 'cifar10' else channel_statistics(splits['train'].images)
     dataset = Dataset(config.dataset, source.class_names, mean, std, **splits)
     _check_fit(config, dataset)
     return dataset
@@ -152,7 +151,7 @@ def _parse_slice(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]
 
 def _check_disjoint(slices: dict[str, list[tuple[str, int, int]]]) -> None:
     ranges = sorted((*range_, split) for split, ranges in slices.items() for range_ in ranges)
-    for (base, _, stop, split), (next_base, next_start, _, next_split) in zip(ranges, ranges[1:], strict=False):
+    for (base, _, stop, split), (next_base, next_start, _, next_split) in itertools.pairwise(ranges):
         if base == next_base and next_start < stop:
             raise ConfigError(f'splits.{split} and splits.{next_split} share examples of {base!r}; make them disjoint')
 
@@ -311,7 +310,7 @@ class _Tfds:
                 raise ConfigError(f'{self._name}: {split!r} has labels outside its {len(self.class_names)} classes')
             images.flush()
             np.save(building / 'labels.npy', labels)
-            manifest = {'source': fingerprint, 'arrays': [zlib.crc32(images), zlib.crc32(labels)]}
+            manifest = _manifest(fingerprint, images, labels)
             (building / 'manifest.json').write_text(json.dumps(manifest))
             if directory.exists():
                 shutil.rmtree(directory)
@@ -341,12 +340,13 @@ def _map_arrays(directory: Path, fingerprint: str) -> Split | None:
         manifest = json.loads((directory / 'manifest.json').read_text())
         images = np.load(directory / 'images.npy', mmap_mode='r')
         labels = np.load(directory / 'labels.npy', mmap_mode='r')
-        arrays = [zlib.crc32(images), zlib.crc32(labels)]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
-    if manifest != {'source': fingerprint, 'arrays': arrays}:
-        return None
-    return Split(images, labels)
+    return Split(images, labels) if manifest == _manifest(fingerprint, images, labels) else None
+
+
+def _manifest(fingerprint: str, *arrays: np.ndarray) -> dict[str, Any]:
+    return {'source': fingerprint, 'crc32': [zlib.crc32(array.data) for array in arrays]}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from flax_dlvc.errors import ConfigError, run_command
 from flax_dlvc.metrics import summarize
 from flax_dlvc.setup import Setup, set_up
 
+
 def evaluate(
     setup: Setup,
     variables: Any,

@@ -1,6 +1,5 @@
 """The run, told in order, once: restore, train and validate each epoch, stop, test the best checkpoint."""
 
-import dataclasses
 import math
 import signal
 import time
@@ -101,7 +100,9 @@ def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Displa
                 display.epoch(record, progress.stopping)
 
             checkpoints.wait()
-            best, _ = checkpoints.restore(progress.best_step, jax.eval_shape(setup.create_state), setup.replicated)
+            best, _ = checkpoints.restore(
+                checkpoints.find('best'), jax.eval_shape(setup.create_state), setup.replicated
+            )
             test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
         except StopRequested as request:
             checkpoints.save(state, progress)

@@ -72,8 +72,8 @@ def summarize(sums: Sums) -> dict[str, Any]:
     sums = jax.device_get(sums)
     confusion = np.asarray(sums.confusion.counts, np.int64)
     num_examples = int(sums.loss.count)
-    class_sizes = confusion.sum(axis=1)
-    per_class = [int(hits) / int(size) if size else None for hits, size in zip(confusion.diagonal(), class_sizes, strict=True)]
+    counts = zip(confusion.diagonal().tolist(), confusion.sum(axis=1).tolist(), strict=True)
+    per_class = [correct / size if size else None for correct, size in counts]
     present = [accuracy for accuracy in per_class if accuracy is not None]
     return {
         'accuracy': int(confusion.trace()) / num_examples,

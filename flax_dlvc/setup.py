@@ -115,4 +115,3 @@ def set_up(config: ConfigDict) -> Setup:
                 f'set --config.{field} or --config.num_devices'
             )
     return Setup(config, dataset, devices)
-

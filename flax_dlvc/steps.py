@@ -61,7 +61,7 @@ def local_devices(num_devices: int) -> list[jax.Device]:
 
 def keep_compiled_programs(directory: Path) -> None:
     """Turns on JAX's persistent compilation cache, unless the user has chosen a directory for it."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update('jax_compilation_cache_dir', str(directory))
 
 
@@ -183,14 +183,12 @@ def make_evaluation_step(
 
     def add(sums: Sums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
         batch = images[indices].astype(jnp.float32) / 255
-        logits = model.apply(variables, normalize(batch, mean, std), train=False)
+        logits: Any = model.apply(variables, normalize(batch, mean, std), train=False)
         losses = cross_entropy(logits, labels[indices])
         new = Sums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
         return sums.merge(jax.lax.psum(new, AXIS))
 
-    def evaluation_step(
-        variables: Any, sums: Sums, images: jax.Array, labels: jax.Array, indices: jax.Array
-    ) -> Sums:
+    def evaluation_step(variables: Any, sums: Sums, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
         return _fold(lambda sums, batch: add(sums, variables, images, labels, batch), sums, indices)
 
     return _in_turn(

@@ -34,7 +34,8 @@ class BasicBlock(nn.Module):
         x = conv(self.features, (3, 3), padding=1, name='conv2')(x)
         x = norm(name='bn2')(x)
         if shortcut.shape != x.shape:
-            shortcut = conv(self.features, (1, 1), (self.stride, self.stride), padding=0, name='downsample_conv')(shortcut)
+            stride = (self.stride, self.stride)
+            shortcut = conv(self.features, (1, 1), stride, padding=0, name='downsample_conv')(shortcut)
             shortcut = norm(name='downsample_bn')(shortcut)
         return nn.relu(x + shortcut)
 

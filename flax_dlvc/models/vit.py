@@ -82,8 +82,9 @@ class ViT(nn.Module):
         x = nn.Dense(self.embed_dim, dtype=self.dtype, name='input_layer')(x)
         normal = nn.initializers.normal(1.0)  # the tutorial's torch.randn
         cls_token = self.param('cls_token', normal, (1, 1, self.embed_dim)).astype(self.dtype)
+        cls_tokens = jnp.broadcast_to(cls_token, (batch, 1, self.embed_dim))
         positions = self.param('pos_embedding', normal, (1, num_patches + 1, self.embed_dim)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, self.embed_dim)), x], axis=1) + positions  # (B, N, D)
+        x = jnp.concatenate([cls_tokens, x], axis=1) + positions  # (B, N, D)
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         for layer in range(self.num_layers):
             block = Block(self.hidden_dim, self.num_heads, self.dropout_rate, self.dtype, name=f'transformer_{layer}')

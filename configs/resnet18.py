@@ -1,0 +1,11 @@
+"""DOC"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.model.name = 'resnet18'
+    return config

@@ -1,0 +1,12 @@
+"""DOC"""
+
+from ml_collections import ConfigDict
+
+from configs import vit
+
+
+def get_config() -> ConfigDict:
+    config = vit.get_config()
+    config.augment.random_resized_crop = True
+    config.augment.random_mirror = True
+    return config
