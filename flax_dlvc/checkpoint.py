@@ -59,7 +59,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=('state', 'progress'), item_handlers=None
+            self.directory,
+            options=options,
+            item_handlers={'state': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()},
         )
 
     def __enter__(self) -> 'Checkpoints':

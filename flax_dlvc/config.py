@@ -165,14 +165,18 @@ def from_json(text: str) -> ConfigDict:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise TypeError('not a JSON object')
-        config = ConfigDict(values, convert_dict=True)
-        for field in ('random_resized_crop_scale', 'random_resized_crop_ratio'):  # JSON has no tuples
-            with config.ignore_type():
-                config.augment[field] = tuple(values['augment'][field])
+        config = ConfigDict(_lists_to_tuples(values))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f'not a config: {_one_line(error)}') from error
     validate(config)
     return config
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    """JSON has no tuples, and configs have no lists."""
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
 # Fields that say how a run is carried out, not what it computes; they may differ when a run goes on.

@@ -9,6 +9,7 @@ class CommandError(Exception):
     """A command cannot go on; the message is one line that says what is wrong and what to do."""
 
     exit_code = 1
+    label = 'error: '
 
 
 class ConfigError(CommandError):
@@ -26,6 +27,8 @@ class DivergedError(CommandError):
 class StoppedError(CommandError):
     """A signal asked the run to stop; its state is saved."""
 
+    label = ''
+
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number  # the shell's convention
@@ -36,7 +39,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     try:
         main(sys.argv)
     except CommandError as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{error.label}{" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
