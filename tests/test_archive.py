@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from flax_dlvc import archive
-from flax_dlvc.config import ConfigError
+from flax_dlvc.errors import ConfigError
 
 CLASSES = {'cifar10': {'label': 10}, 'cifar100': {'coarse_label': 20, 'label': 100}}
 KINDS = [(name, kind) for name in CLASSES for kind in ('binary', 'python')]
@@ -61,10 +61,14 @@ def pickled_batch(name, images, labels, fortran=False):
     file_names = [
         pickled_string(f'image_{number}.png'.encode()) + b'r\x00\x01\x00\x00' for number in range(len(images))
     ]
-    data = pickled_array(images.reshape(-1, 3072), fortran)
     return pickled_dict(
-        {b'batch_label': pickled_string(b'batch 1') + b'q\x02', **columns, b'data': data, b'filenames': b'h\x02'}
-        | {b'filenames': pickled_list(file_names)}
+        {
+            b'batch_label': pickled_string(b'batch 1') + b'q\x02',
+            **columns,
+            b'data': pickled_array(images.reshape(-1, 3072), fortran),
+            b'filenames': pickled_list(file_names),
+            b'the_label_again': b'h\x02',
+        }
     )
 
 
@@ -143,7 +147,7 @@ def refused(match, call, *arguments):
 
 @pytest.mark.parametrize(('name', 'kind'), KINDS)
 def test_plain_tfds_reads_what_was_in_the_archive(tmp_path, official, name, kind, capfd):
-    splits = {'train': examples(name, 12, 0), 'test': examples(name, 6, 1)}
+    splits = {'train': examples(name, 12, 0), 'test': examples(name, 1, 1)}
     path = official(write_tar(tmp_path / 'a.tar.gz', members(name, kind, splits)), name)
     directory = archive.prepare(name, tmp_path / 'data', path)
     assert directory == tmp_path / 'data' / name / '3.0.2'
@@ -162,6 +166,14 @@ def test_plain_tfds_reads_what_was_in_the_archive(tmp_path, official, name, kind
             assert set(example) == {'id', 'image', *CLASSES[name]}
             np.testing.assert_array_equal(example['image'], image.transpose(1, 2, 0))
             assert {key: example[key] for key in labels} == {key: labels[key][index] for key in labels}
+
+
+def test_progress_bar_on_a_terminal(tmp_path, official, splits, monkeypatch, capsys):
+    path = official(write_tar(tmp_path / 'a.tar.gz', members('cifar10', 'binary', splits)), 'cifar10')
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    archive.prepare('cifar10', tmp_path / 'data', path)
+    out, error = capsys.readouterr()
+    assert out == '' and 'writing cifar10' in error and '100%' in error
 
 
 def test_metadata_is_that_of_tfds(tmp_path, official, splits):
@@ -199,10 +211,18 @@ def test_arrays_in_fortran_order(tmp_path, splits):
     np.testing.assert_array_equal(read.splits['test'].images, images.transpose(0, 2, 3, 1))
 
 
+def test_a_pickle_that_refers_back(tmp_path, splits):
+    names = pickled_list([pickled_string(each.encode()) for each in class_names('cifar10', 'label')])
+    meta = pickled_dict({b'names': names + b'q\x05', b'label_names': b'h\x05'})
+    files = change(members('cifar10', 'python', splits), 'batches.meta', meta)
+    read = archive.read_archive(write_tar(tmp_path / 'a.tar.gz', files), 'cifar10')
+    assert read.class_names == {'label': class_names('cifar10', 'label')}
+
+
 def test_needs_no_tensorflow_and_imports_late(tmp_path, splits):
     path = write_tar(tmp_path / 'a.tar.gz', members('cifar10', 'python', splits))
     script = f"""
-import sys, flax_dlvc.config
+import sys, flax_dlvc.errors
 from pathlib import Path
 before = set(sys.modules)
 from flax_dlvc import archive
@@ -281,16 +301,27 @@ def test_a_data_directory_that_cannot_be_written(tmp_path, official, splits):
     refused('cannot write cifar10 to', archive.prepare, 'cifar10', path / 'data', path)
 
 
-@pytest.mark.parametrize('keep', [0, 100, 5000, -5000])
+@pytest.mark.parametrize('keep', [0, 100, 5000, -5000, -1])
 def test_a_truncated_archive(tmp_path, splits, keep):
     path = write_tar(tmp_path / 'a.tar.gz', members('cifar10', 'binary', splits))
     path.write_bytes(path.read_bytes()[:keep])
     refused('no readable .tar.gz', archive.read_archive, path, 'cifar10')
 
 
+def test_a_corrupt_archive(tmp_path, splits):
+    path = write_tar(tmp_path / 'a.tar.gz', members('cifar10', 'binary', splits))
+    whole = path.read_bytes()
+    for position in (0, -8, *range(30, len(whole) - 40, len(whole) // 30)):
+        content = bytearray(whole)
+        content[position : position + 6] = bytes(byte ^ 255 for byte in whole[position : position + 6])
+        path.write_bytes(content)
+        refused('no readable .tar.gz', archive.read_archive, path, 'cifar10')
+
+
 def test_not_an_archive(tmp_path):
     (tmp_path / 'a.tar.gz').write_text('<html>')
     refused('no readable .tar.gz', archive.read_archive, tmp_path / 'a.tar.gz', 'cifar10')
+    refused('no readable .tar.gz', archive.read_archive, tmp_path / 'missing.tar.gz', 'cifar10')
 
 
 def link(name, kind, target):
@@ -351,6 +382,21 @@ def test_damaged_members_are_refused(tmp_path, splits, kind, damage):
         files = change(files, 'batches.meta' + '.txt' * (kind == 'binary'), meta)
     else:
         files = change(files, batch, b'')
+    refused('damaged', archive.read_archive, write_tar(tmp_path / 'a.tar.gz', files), 'cifar10')
+
+
+@pytest.mark.parametrize(
+    ('file', 'content'),
+    [
+        ('test_batch', b'\x80\x02].'),
+        ('test_batch', pickled_dict({b'data': b'K\x01', b'labels': b']'})),
+        ('test_batch', pickled_dict({b'data': b'cnumpy\ndtype\n', b'labels': b']'})),
+        ('batches.meta', pickled_dict({b'label_names': pickled_list([b'K\x01'] * 10)})),
+        ('batches.meta', pickled_dict({b'label_names': b'K\x01'})),
+    ],
+)
+def test_pickles_of_something_else_are_refused(tmp_path, splits, file, content):
+    files = change(members('cifar10', 'python', splits), file, content)
     refused('damaged', archive.read_archive, write_tar(tmp_path / 'a.tar.gz', files), 'cifar10')
 
 
@@ -426,7 +472,7 @@ def test_a_download_of_something_else_is_refused(tmp_path, server):
     assert list((tmp_path / 'data').iterdir()) == []
 
 
-@pytest.mark.parametrize('network', ['refuses', 'is silent', 'knows no name', 'breaks off'])
+@pytest.mark.parametrize('network', ['refuses', 'is silent', 'knows no name', 'breaks off', 'stalls'])
 def test_no_network(tmp_path, monkeypatch, network):
     monkeypatch.setattr(archive, 'NETWORK_TIMEOUT', 0.3)
     with socket.socket() as listener:
@@ -435,8 +481,9 @@ def test_no_network(tmp_path, monkeypatch, network):
             listener.listen()
         if network == 'knows no name':  # nor gives up looking
             monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: time.sleep(30))
-        if network == 'breaks off':
-            threading.Thread(target=answer_partly, args=(listener,), daemon=True).start()
+        if network in ('breaks off', 'stalls'):
+            seconds = 10 if network == 'stalls' else 0
+            threading.Thread(target=answer_partly, args=(listener, seconds), daemon=True).start()
         monkeypatch.setattr(archive, 'ARCHIVE_URL', f'http://127.0.0.1:{listener.getsockname()[1]}/')
         start = time.monotonic()
         message = refused('cannot be downloaded', archive.prepare, 'cifar10', tmp_path / 'data', None)
@@ -446,8 +493,9 @@ def test_no_network(tmp_path, monkeypatch, network):
     assert list((tmp_path / 'data').iterdir()) == []
 
 
-def answer_partly(listener):
+def answer_partly(listener, seconds):
     connection, _ = listener.accept()
     with connection:
         connection.recv(4096)
         connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this')
+        time.sleep(seconds)
