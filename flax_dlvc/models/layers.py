@@ -1,15 +1,17 @@
-"""Layers that match flax's own and are as fast on a CPU as on an accelerator.
+"""Layers that give flax's results and also run well on a CPU.
 
-XLA runs a convolution, a pooling gradient or a random mask on a CPU many times slower than the arithmetic in it needs.
-`Conv`, `max_pool` and `Dropout` take other routes to the same numbers there; on any other backend they lower to what
-flax's own layers lower to.
+XLA compiles convolutions on small maps, convolution gradients, pooling gradients and random masks to slow CPU code:
+nine tenths of a plain ResNet18's training step. On a CPU, `Conv` and `max_pool` get the same numbers by other
+routes; on any other backend they lower to exactly what flax's own layers lower to. `Dropout`, `gelu` and `attention`
+are the same everywhere. The gains below are CPU time, flax's layer over this one (two cores, batch 128, float32).
 
-Shapes: B batch, H W height and width of a feature map, C input channels, O output channels, S stride.
+Shapes: B batch, H W map height and width, C input and O output channels, KH KW kernel height and width.
 """
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,140 +21,160 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding, default_kernel_init
 from jax import lax
 
-Pairs = tuple[tuple[int, int], ...]
+Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]  # ((top, bottom), (left, right))
+
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+SMALL_MAP = 4  # up to this output height and width, matrix products are faster than XLA's CPU convolution
 
 
 def on_cpu() -> bool:
-    """Whether computations run on a CPU unless told otherwise."""
+    """Whether the default backend is the CPU; decided once, when a function is traced."""
     return jax.default_backend() == 'cpu'
 
 
+def explicit_pads(size: Sequence[int], window: Sequence[int], strides: Sequence[int], padding: Any) -> Pads:
+    """Padding in any form that flax takes, as pairs of numbers."""
+    padding = canonicalize_padding(padding, 2)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(size, window, strides, padding)
+    (top, bottom), (left, right) = padding
+    return (top, bottom), (left, right)
+
+
+def pad_axis(x: jax.Array, axis: int, low: int, high: int, stride: int = 1) -> jax.Array:
+    """`x` with its entries `stride` apart along `axis` and zeros around them; negative `low` or `high` cut off."""
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (low, high, stride - 1)
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
 class Tap(NamedTuple):
-    """One position in the kernel, along one axis, and where the map meets it (padding left out)."""
+    """A (row, column) in the kernel, the part of the input map that it reads, and where in the output that goes."""
 
-    index: int  # position in the kernel
-    outputs: slice  # outputs that this position contributes to
-    inputs: slice  # the inputs that it contributes, one per output
-
-
-def taps(size: int, kernel: int, stride: int, padding: tuple[int, int]) -> list[Tap]:
-    """The kernel positions along one axis that touch the map at all."""
-    num_outputs = (size + sum(padding) - kernel) // stride + 1
-    found = []
-    for index in range(kernel):
-        shift = index - padding[0]
-        first = max(0, -(shift // stride))
-        last = min(num_outputs - 1, (size - 1 - shift) // stride)
-        if first <= last:
-            start = first * stride + shift
-            stop = last * stride + shift + 1
-            found.append(Tap(index, slice(first, last + 1), slice(start, stop, stride)))
-    return found
+    position: Pair
+    inputs: tuple[slice, slice]
+    outputs: tuple[slice, slice]
 
 
-def tap_pairs(x_shape, kernel_shape, stride, padding) -> list[tuple[Tap, Tap]]:
-    axes = zip(x_shape[1:3], kernel_shape[:2], stride, padding, strict=True)
-    return list(itertools.product(*(taps(*axis) for axis in axes)))
+class Geometry(NamedTuple):
+    """What decides how a convolution is compiled, each along (height, width)."""
+
+    size: Pair
+    kernel: Pair
+    strides: Pair
+    pads: Pads
+
+    @property
+    def output(self) -> Pair:
+        """Height and width of the result."""
+        height, width = (
+            (size + sum(pad) - kernel) // stride + 1 for size, kernel, stride, pad in zip(*self, strict=True)
+        )
+        return height, width
+
+    @property
+    def taps(self) -> list[Tap]:
+        """The kernel positions that read the map at all; reads of the padding are left out."""
+        axes: list[list[tuple[int, slice, slice]]] = []
+        for size, kernel, stride, (low, _), num_outputs in zip(*self, self.output, strict=True):
+            axis = []
+            for position in range(kernel):
+                offset = position - low
+                first = max(0, -(offset // stride))
+                last = min(num_outputs - 1, (size - 1 - offset) // stride)
+                if first <= last:
+                    inputs = slice(first * stride + offset, last * stride + offset + 1, stride)
+                    axis.append((position, inputs, slice(first, last + 1)))
+            axes.append(axis)
+        return [Tap((i, j), (a, b), (c, d)) for (i, a, c), (j, b, d) in itertools.product(*axes)]
+
+    @property
+    def as_matmul(self) -> bool:
+        """Whether a matrix product per tap is the faster way on a CPU."""
+        return max(self.output) <= SMALL_MAP
 
 
-def place(x: jax.Array, shape: Sequence[int], rows: slice, columns: slice) -> jax.Array:
-    """Zeros of (B, H, W, ·) with `x` at the given rows and columns."""
-    config = [(0, 0, 0)]
-    for size, count, part in zip(shape[1:3], x.shape[1:3], (rows, columns), strict=True):
-        step = part.step or 1
-        config.append((part.start, size - part.start - (count - 1) * step - 1, step - 1))
-    return lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
+def sum_of_taps(equation: str, x: jax.Array, kernel: jax.Array, size: Pair, taps: list[Tap]) -> jax.Array:
+    """Adds up, at each tap's outputs on a map of `size`, its inputs times its matrix.
+
+    No patches are materialised and no zeros of the padding multiplied: on a 1x1 map a 3x3 kernel is one product, not
+    nine. Sums are float32 whatever the inputs are, like those inside a convolution.
+    """
+    total: Any = 0
+    for tap in taps:
+        part = jnp.einsum(equation, x[:, *tap.inputs], kernel[tap.position], preferred_element_type=jnp.float32)
+        for axis, length, where in zip((1, 2), size, tap.outputs, strict=True):
+            part = pad_axis(part, axis, where.start, length - where.stop, where.step or 1)
+        total += part
+    return total.astype(x.dtype)
 
 
-def output_shape(x_shape, kernel_shape, stride, padding):
-    spatial = [
-        (n + sum(p) - k) // s + 1 for n, k, s, p in zip(x_shape[1:3], kernel_shape[:2], stride, padding, strict=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Convolves (B, H, W, C) with (KH, KW, C, O) on a CPU; reverse-mode derivatives only.
+
+    The gradients are written as matrix products and plain convolutions. Those that autodiff derives have permuted
+    dimensions, for which XLA has no fast CPU code in the body of a `lax.scan` (50 times slower there).
+    """
+    if not geometry.as_matmul:
+        return lax.conv_general_dilated(x, kernel, geometry.strides, geometry.pads, dimension_numbers=LAYOUT)
+    return sum_of_taps('bhwc,co->bhwo', x, kernel, geometry.output, geometry.taps)
+
+
+def input_gradient(kernel: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    """The gradient for the input of `convolve`, given that for its result, g (B, H', W', O)."""
+    if geometry.as_matmul:
+        taps = [Tap(position, outputs, inputs) for position, inputs, outputs in geometry.taps]
+        return sum_of_taps('bhwo,co->bhwc', g, kernel, geometry.size, taps)
+    pads = [
+        (kernel - 1 - low, size + low - (outputs - 1) * stride - 1)
+        for outputs, size, kernel, stride, (low, _) in zip(geometry.output, *geometry, strict=True)
     ]
-    return (x_shape[0], *spatial, kernel_shape[3])
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    return lax.conv_general_dilated(g, flipped, (1, 1), pads, lhs_dilation=geometry.strides, dimension_numbers=LAYOUT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x: jax.Array, kernel: jax.Array, stride: tuple[int, int], padding: Pairs) -> jax.Array:
-    """(B, H, W, C) and (kernel height, kernel width, C, O) to (B, H', W', O)."""
-    if not prefers_matmul(x.shape, kernel.shape, stride):
-        return lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=LAYOUT)
-    shape = output_shape(x.shape, kernel.shape, stride, padding)
-    y = jnp.zeros(shape, jnp.float32)
-    for row, column in tap_pairs(x.shape, kernel.shape, stride, padding):
-        part = jnp.dot(
-            x[:, row.inputs, column.inputs], kernel[row.index, column.index], preferred_element_type=jnp.float32
-        )
-        y += place(part, shape, row.outputs, column.outputs)
-    return y.astype(x.dtype)
+def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array:
+    """The gradient for the kernel of `convolve`, given that for its result, g (B, H', W', O)."""
+    (kh, kw), c, o = geometry.kernel, x.shape[3], g.shape[3]
+    x_rows, g_rows = x.transpose(1, 2, 0, 3), g.transpose(1, 2, 0, 3)  # (H, W, B, ·): slices below are contiguous
+    if geometry.as_matmul:
+        parts: dict[Pair, jax.Array] = {
+            position: jnp.dot(x_rows[inputs].reshape(-1, c).T, g_rows[outputs].reshape(-1, o))
+            for position, inputs, outputs in geometry.taps
+        }
+        unread = jnp.zeros((c, o), x.dtype)
+        positions = itertools.product(range(kh), range(kw))
+        return jnp.stack([parts.get(position, unread) for position in positions]).reshape(kh, kw, c, o)
+    if geometry.size == geometry.output:  # stride 1: KW column shifts of x times KH row shifts of g, all at once
+        (top, _), (left, _) = geometry.pads
+        columns = jnp.stack([pad_axis(x, 2, left - j, j - left) for j in range(kw)], axis=3)
+        rows = jnp.stack([pad_axis(g, 1, i - top, top - i) for i in range(kh)], axis=3)
+        product = jnp.dot(columns.reshape(-1, kw * c).T, rows.reshape(-1, kh * o))
+        return product.reshape(kw, c, kh, o).transpose(2, 0, 1, 3)
+    pads = [
+        (low, kernel + (outputs - 1) * stride - size - low)
+        for outputs, size, kernel, stride, (low, _) in zip(geometry.output, *geometry, strict=True)
+    ]
+    product = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0), g_rows, (1, 1), pads, rhs_dilation=geometry.strides, dimension_numbers=LAYOUT
+    )
+    return product.transpose(1, 2, 0, 3)
 
 
-def prefers_matmul(x_shape, kernel_shape, stride) -> bool:
-    return max(x_shape[1:3]) <= 4 or (stride[0] > 1 and kernel_shape[2] >= 16)
-
-
-def convolve_forward(x, kernel, stride, padding):
-    return convolve(x, kernel, stride, padding), (x, kernel)
-
-
-def convolve_backward(stride, padding, residuals, g):
-    x, kernel = residuals
-    return input_gradient(x, kernel, stride, padding, g), kernel_gradient(x, kernel, stride, padding, g)
-
-
-def input_gradient(x, kernel, stride, padding, g):
-    if not prefers_matmul(x.shape, kernel.shape, stride) and stride == (1, 1):
-        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-        full = [(k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(kernel.shape[:2], padding, strict=True)]
-        return lax.conv_general_dilated(g, flipped, (1, 1), full, dimension_numbers=LAYOUT)
-    dx = jnp.zeros(x.shape, jnp.float32)
-    for row, column in tap_pairs(x.shape, kernel.shape, stride, padding):
-        part = jnp.einsum(
-            'bhwo,co->bhwc',
-            g[:, row.outputs, column.outputs],
-            kernel[row.index, column.index],
-            preferred_element_type=jnp.float32,
-        )
-        dx += place(part, x.shape, row.inputs, column.inputs)
-    return dx.astype(x.dtype)
-
-
-def kernel_gradient(x, kernel, stride, padding, g):
-    if not prefers_matmul(x.shape, kernel.shape, stride):
-        pads = [
-            (lo, k - 1 + (n_out - 1) * s + 1 - n - lo)
-            for k, (lo, _), s, n, n_out in zip(
-                kernel.shape[:2], padding, stride, x.shape[1:3], g.shape[1:3], strict=True
-            )
-        ]
-        dk = lax.conv_general_dilated(
-            x.transpose(3, 1, 2, 0),
-            g.transpose(1, 2, 0, 3),
-            (1, 1),
-            pads,
-            rhs_dilation=stride,
-            dimension_numbers=LAYOUT,
-        )
-        return dk.transpose(1, 2, 0, 3)
-    zeros = jnp.zeros(kernel.shape[2:], kernel.dtype)
-    parts = {
-        (row.index, column.index): jnp.einsum(
-            'bhwc,bhwo->co',
-            x[:, row.inputs, column.inputs],
-            g[:, row.outputs, column.outputs],
-            preferred_element_type=jnp.float32,
-        ).astype(kernel.dtype)
-        for row, column in tap_pairs(x.shape, kernel.shape, stride, padding)
-    }
-    indices = itertools.product(range(kernel.shape[0]), range(kernel.shape[1]))
-    return jnp.stack([parts.get(index, zeros) for index in indices]).reshape(kernel.shape)
-
-
-convolve.defvjp(convolve_forward, convolve_backward)
+convolve.defvjp(
+    lambda x, kernel, geometry: (convolve(x, kernel, geometry), (x, kernel)),
+    lambda geometry, saved, g: (input_gradient(saved[1], g, geometry), kernel_gradient(saved[0], g, geometry)),
+)
 
 
 class Conv(nn.Module):
-    """`nn.Conv` for images, without groups or dilation."""
+    """`nn.Conv` for maps (B, H, W, C), without groups and dilation: same parameters, same results.
+
+    On a CPU each of forward pass, input gradient and kernel gradient takes the faster of two routes for its shape. A
+    whole ResNet18 step gains 8x over `nn.Conv` (2x2x256: 50x; 1x1x512: 100x), a CNN's 1.5x (kernel gradients: 2x).
+    """
 
     features: int
     kernel_size: Sequence[int]
@@ -167,50 +189,91 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) to (B, H', W', features)."""
-        kernel_size = tuple(self.kernel_size)
-        strides = (self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides)
-        padding = canonicalize_padding(self.padding, 2)
-        kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        height, width = self.kernel_size
+        strides = (self.strides, self.strides) if isinstance(self.strides, int) else (self.strides[0], self.strides[1])
+        kernel_shape = (height, width, x.shape[-1], self.features)
+        kernel = self.param('kernel', self.kernel_init, kernel_shape, self.param_dtype)
         bias = self.param('bias', self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if on_cpu():
-            pairs = lax.padtype_to_pads(x.shape[1:3], kernel_size, strides, padding) if isinstance(padding, str) else padding
-            y = convolve(x, kernel, strides, tuple(map(tuple, pairs)))
+            size = (x.shape[1], x.shape[2])
+            pads = explicit_pads(size, (height, width), strides, self.padding)
+            y = convolve(x, kernel, Geometry(size, (height, width), strides, pads))
         else:
+            padding = canonicalize_padding(self.padding, 2)
             y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
 def max_pool(x: jax.Array, window: Sequence[int], strides: Sequence[int], padding: Any = 'VALID') -> jax.Array:
-    """`nn.max_pool` of (B, H, W, C); on ties the gradient is shared."""
+    """`nn.max_pool` of (B, H, W, C).
+
+    On a CPU: a maximum over rows, then over columns, forward and backward 6x (3x3, stride 2) to 14x (2x2) faster. Where
+    values tie, the gradient is split between them (XLA gives it all to the first); it always adds up to the same.
+    """
     window, strides = tuple(window), tuple(strides)
     if not on_cpu():
         return nn.max_pool(x, window, strides, padding)
-    pads = lax.padtype_to_pads(x.shape[1:3], window, strides, padding) if isinstance(padding, str) else padding
+    pads = explicit_pads(x.shape[1:3], window, strides, padding)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     for axis, size, stride in zip((1, 2), window, strides, strict=True):
-        count = (x.shape[axis] - size) // stride + 1
-        shifts = (
-            lax.slice_in_dim(x, first, first + (count - 1) * stride + 1, stride, axis) for first in range(size)
-        )
-        x = functools.reduce(jnp.maximum, shifts)
+        last = (x.shape[axis] - size) // stride * stride
+        shifted = [lax.slice_in_dim(x, start, start + last + 1, stride, axis) for start in range(size)]
+        x = functools.reduce(jnp.maximum, shifted)
     return x
 
 
+def mix(word: jax.Array) -> jax.Array:
+    """A bijection of 32-bit words: flipping any input bit flips each output bit about half of the time.
+
+    'lowbias32', found by search for least bias: Chris Wellons, 'Prospecting for hash functions', 2018.
+    """
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
+
+
+def random_words(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """32 random bits per element: the element's index, hashed twice with the two halves of the key."""
+    words = jax.random.key_data(key)
+    index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    return mix(mix(index ^ words[0]) + words[-1])
+
+
 class Dropout(nn.Module):
-    """`nn.Dropout` from 16-bit random words; the scale uses the true, quantised keep probability."""
+    """`nn.Dropout`, its mask drawn by hashing each element's index, which fuses into the code that uses it.
+
+    Threefry, JAX's default, is made for splitting keys and takes over half of a ViT's step on a CPU; this mask is 10x
+    cheaper than 16-bit threefry words (and XLA's 'rbg' is slower still). Keys are still JAX's own, one per layer and
+    step. The keep probability is a multiple of 2^-32 and the scale is its exact inverse.
+    """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Any shape to the same shape."""
+        """Any shape to the same shape; draws from the 'dropout' stream of random keys."""
         if deterministic or self.rate == 0:
             return x
-        threshold = round((1 - self.rate) * 2**16)
-        if threshold == 0:
+        threshold = min(round((1 - self.rate) * 2**32), 2**32 - 1)
+        if threshold <= 0:
             return jnp.zeros_like(x)
-        if threshold == 2**16:
-            return x
-        bits = jax.random.bits(self.make_rng('dropout'), x.shape, jnp.uint16)
-        return jnp.where(bits < threshold, x * jnp.asarray(2**16 / threshold, x.dtype), 0)
+        keep = random_words(self.make_rng('dropout'), x.shape) < jnp.uint32(threshold)
+        return jnp.where(keep, x * jnp.asarray(2**32 / threshold, x.dtype), 0)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU through erf, 2x faster on a CPU than `nn.gelu(approximate=False)`, which goes through erfc."""
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights
+) -> jax.Array:
+    """Attention of queries, keys and values (B, tokens, heads, features of a head); `dropout` acts on the weights.
+
+    Heads go before tokens first, so that all products are batched ones without further copies: 1.2x on a CPU.
+    """
+    q, k, v = (each.transpose(0, 2, 1, 3) for each in (q * q.shape[-1] ** -0.5, k, v))
+    weights = dropout(nn.softmax(jnp.einsum('bhqd,bhkd->bhqk', q, k)))
+    return jnp.einsum('bhqk,bhkd->bhqd', weights, v).transpose(0, 2, 1, 3)

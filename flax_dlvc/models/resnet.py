@@ -60,7 +60,7 @@ class ResNet(nn.Module):
         x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name='bn1')(x)
         x = nn.relu(x)
         if self.stem == 'imagenet':
-            x = max_pool(x, (3, 3), (2, 2), padding=1)
+            x = max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, num_blocks in enumerate(self.stage_sizes):
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1

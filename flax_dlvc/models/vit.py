@@ -3,11 +3,13 @@
 Shapes: B batch, H height, W width, C channels, P patch size, N tokens, D embedding, F hidden features, A heads.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Dropout
+from flax_dlvc.models.layers import Dropout, attention, gelu
 
 
 def image_to_patches(x: jax.Array, patch_size: int) -> jax.Array:
@@ -32,12 +34,11 @@ class SelfAttention(nn.Module):
         head_dim = embed_dim // self.num_heads
         # PyTorch initialises the joint projection as one (3D, D) matrix and both biases with zeros.
         qkv = nn.Dense(3 * embed_dim, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name='in_proj')(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
-        query, key, value = qkv  # (B, A, N, D/A) each
-        scores = query @ key.swapaxes(-1, -2) / jnp.sqrt(head_dim).astype(self.dtype)  # (B, A, N, N)
-        weights = nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
-        weights = Dropout(self.dropout_rate)(weights, deterministic=not train)
-        x = (weights @ value).transpose(0, 2, 1, 3).reshape(batch, tokens, embed_dim)
+        query, key, value = (
+            part.reshape(batch, tokens, self.num_heads, head_dim) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        dropout = partial(Dropout(self.dropout_rate), deterministic=not train)
+        x = attention(query, key, value, dropout).reshape(batch, tokens, embed_dim)
         return nn.Dense(embed_dim, dtype=self.dtype, name='out_proj')(x)
 
 
@@ -56,7 +57,7 @@ class Block(nn.Module):
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_1')(x)
         x = x + SelfAttention(self.num_heads, self.dropout_rate, self.dtype, name='attn')(y, train=train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_2')(x)
-        y = nn.gelu(nn.Dense(self.hidden_dim, dtype=self.dtype, name='linear_0')(y), approximate=False)
+        y = gelu(nn.Dense(self.hidden_dim, dtype=self.dtype, name='linear_0')(y))
         y = Dropout(self.dropout_rate)(y, deterministic=not train)
         y = nn.Dense(embed_dim, dtype=self.dtype, name='linear_3')(y)
         return x + Dropout(self.dropout_rate)(y, deterministic=not train)
