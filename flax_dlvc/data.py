@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
 
 # Per-channel statistics of CIFAR-10's training images in [0, 1], as the report's course handed them out. Other
 # datasets' are computed from their training split.
@@ -355,3 +355,22 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open('w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def main(argv: list[str]) -> None:
+    """Prepares CIFAR-10 or CIFAR-100 in the TFDS data directory."""
+    parser = ArgumentParser(
+        'python -m flax_dlvc.data', description='Prepares CIFAR-10 or CIFAR-100 in TFDS_DATA_DIR, without TensorFlow.'
+    )
+    parser.add_argument('--dataset', choices=PREPARABLE, required=True)
+    parser.add_argument('--archive', type=Path, help='a downloaded official archive; without it, it is downloaded')
+    arguments = parser.parse_args(argv[1:])
+    from tensorflow_datasets.core.constants import DATA_DIR
+
+    from flax_dlvc import archive
+
+    print(f'{arguments.dataset} is in {archive.prepare(arguments.dataset, Path(DATA_DIR), arguments.archive)}')
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,5 +1,6 @@
 """The errors that end a command in one line, and their exit codes."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -32,6 +33,14 @@ class StoppedError(CommandError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number  # the shell's convention
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but its complaints are a `ConfigError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage as well."""
+        raise ConfigError(f'{message}; see --help')
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:

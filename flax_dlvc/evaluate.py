@@ -4,7 +4,6 @@
 of a checkpoint and writes `evaluation-SPLIT.json` into the run directory.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 
 from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
-from flax_dlvc.errors import ConfigError, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
 from flax_dlvc.metrics import summarize
 from flax_dlvc.setup import Setup, set_up
 
@@ -67,7 +66,7 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
 
 def main(argv: list[str]) -> None:
     """Parses the command line, evaluates, prints and writes."""
-    parser = argparse.ArgumentParser('flax_dlvc.evaluate', description='Evaluates a checkpoint of a run directory.')
+    parser = ArgumentParser('python -m flax_dlvc.evaluate', description='Evaluates a checkpoint of a run directory.')
     parser.add_argument('--workdir', type=Path, required=True, help='the run directory')
     parser.add_argument('--split', choices=('test', 'validation', 'train'), default='test')
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")

@@ -1,0 +1,81 @@
+"""Shared fixtures: a cache of its own for the session, two CPU devices, small runs, real processes."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+# Before JAX is imported anywhere; child processes get the cache, but devices only as they ask for them.
+os.environ.setdefault('FLAX_DLVC_CACHE_DIR', tempfile.mkdtemp(prefix='flax_dlvc_tests_'))
+
+import jax
+
+jax.config.update('jax_num_cpu_devices', 2)
+jax.config.update('jax_platforms', 'cpu')
+
+ROOT = Path(__file__).parents[1]
+
+# The CNN on a fifth of the digits: 4 steps an epoch, seconds a run.
+SMALL_RUN = {
+    'dataset': 'digits',
+    'splits.train': 'train[:20%]',
+    'splits.validation': 'train[80%:]',
+    'batch_size': 64,
+    'evaluation_batch_size': 100,
+    'num_epochs': 3,
+    'num_devices': 1,
+}
+
+
+@pytest.fixture
+def small_config() -> ConfigDict:
+    """The config of a small run, to be changed as a test likes."""
+    from configs import cnn
+
+    config = cnn.get_config()
+    config.update_from_flattened_dict(SMALL_RUN)
+    config.name = 'cnn'
+    return config
+
+
+@pytest.fixture(scope='session')
+def small_run_flags() -> list[str]:
+    """The same as flags."""
+    return [f'--config.{field}={value}' for field, value in SMALL_RUN.items()]
+
+
+@pytest.fixture(scope='session')
+def start() -> Callable[..., subprocess.Popen]:
+    """Starts `python -m flax_dlvc.MODULE ARGUMENT …` from the repository's root, on one CPU device."""
+
+    def start(module: str, *arguments: object, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, '-m', f'flax_dlvc.{module}', *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope='session')
+def command(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m flax_dlvc.MODULE ARGUMENT …` to its end."""
+
+    def command(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        process = start(module, *arguments, **environment)
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return command

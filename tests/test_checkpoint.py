@@ -1,0 +1,118 @@
+"""Real Orbax directories: what goes in comes out, what is kept, what is refused."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from flax_dlvc import steps
+from flax_dlvc.checkpoint import Checkpoints, Progress
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.models import create_model
+from flax_dlvc.stopping import Stopping
+
+
+def make_state(step=0, hidden_dim=16, seed=0):
+    model = create_model(
+        'vit',
+        num_classes=10,
+        dropout_rate=0.1,
+        dtype='float32',
+        embed_dim=16,
+        hidden_dim=hidden_dim,
+        num_heads=2,
+        num_layers=1,
+        patch_size=4,
+    )
+    state = steps.create_state(model, optax.adamw(1e-3), (8, 8, 3), 10, seed)
+    return jax.device_put(state.replace(step=state.step + step), steps.replicated(jax.devices()[:1]))
+
+
+def make_progress(epoch, best_epoch):
+    history = tuple({'epoch': number, 'step': 10 * number, 'validation_loss': 1 / 3} for number in range(1, epoch + 1))
+    return Progress(history, Stopping(0.1 * best_epoch, best_epoch, epoch - best_epoch), 10 * best_epoch)
+
+
+def restore(workdir, step):
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.restore(step, jax.eval_shape(make_state), steps.replicated(jax.devices()[:1]))
+
+
+def test_state_and_progress_come_back_bit_for_bit(tmp_path):
+    state, progress = make_state(10, seed=5), make_progress(1, 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, progress)
+    restored, restored_progress = restore(tmp_path, 10)
+    assert restored_progress == progress
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_saved_does_not_change_with_the_state(tmp_path):
+    """The loop gives a state's memory to the next step while it is still being written."""
+    state = make_state(10)
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, make_progress(1, 1))
+        jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)(state)
+    restored, _ = restore(tmp_path, 10)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+@pytest.mark.parametrize('keep_latest', [1, 2])
+def test_latest_and_best_are_kept(tmp_path, keep_latest):
+    state = make_state()
+    with Checkpoints(tmp_path, keep_latest=keep_latest) as checkpoints:
+        for epoch in range(1, 7):
+            checkpoints.save(state.replace(step=state.step + 10 * epoch), make_progress(epoch, min(epoch, 2)))
+            checkpoints.wait()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 60
+        assert checkpoints.find('best') == 20
+        assert checkpoints.find('latest') == 60
+    kept = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+    assert kept == [20, 50, 60][-keep_latest - 1 :] if keep_latest == 2 else kept == [20, 60]
+
+
+def test_the_best_is_kept_when_saving_goes_on_in_another_process(tmp_path):
+    state = make_state()
+    for epoch in range(1, 5):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(state.replace(step=state.step + 10 * epoch), make_progress(epoch, 1))
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['10', '40']
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10, hidden_dim=32), make_progress(1, 1))
+    with pytest.raises(ConfigError, match='step 10 is of another model'):
+        restore(tmp_path, 10)
+
+
+def test_a_missing_step_is_named_with_those_there_are(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10), make_progress(1, 1))
+    with pytest.raises(ConfigError, match='no checkpoint of step 11; there are: 10'):
+        restore(tmp_path, 11)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(ConfigError, match="'best', 'latest' or"):
+        checkpoints.find('newest')
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10), make_progress(1, 1))
+    for path in (tmp_path / 'checkpoints' / '10' / 'state').rglob('*'):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ConfigError, match='step 10 is damaged'):
+        restore(tmp_path, 10)
+
+
+def test_a_directory_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match='has no checkpoints'):
+        Checkpoints(tmp_path, read_only=True)
+    (tmp_path / 'checkpoints').mkdir()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(ConfigError, match='holds no checkpoint'):
+        checkpoints.find('best')

@@ -1,0 +1,274 @@
+"""Whole runs on a fifth of the digits, in this process."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from flax_dlvc import loop, rundir
+from flax_dlvc.checkpoint import Checkpoints
+from flax_dlvc.errors import ConfigError, DivergedError
+from flax_dlvc.evaluate import evaluate_checkpoint
+from flax_dlvc.setup import set_up
+
+
+def read_history(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def without_speed(history):
+    return [{key: value for key, value in record.items() if key != 'images_per_second'} for record in history]
+
+
+@pytest.fixture(scope='module')
+def finished_run(tmp_path_factory, request):
+    """A run of three epochs, with its config, its directory and its result."""
+    from configs import cnn_dropout
+    from conftest import SMALL_RUN
+
+    config = cnn_dropout.get_config()
+    config.update_from_flattened_dict(SMALL_RUN)
+    config.name = 'cnn_dropout'
+    workdir = tmp_path_factory.mktemp('finished') / 'run'
+    return config, workdir, loop.run(config, workdir)
+
+
+def test_a_run_leaves_what_the_interface_promises(finished_run):
+    config, workdir, result = finished_run
+    assert rundir.read_config(workdir) == config
+    history = read_history(workdir)
+    assert [record['epoch'] for record in history] == [1, 2, 3]
+    assert [record['step'] for record in history] == [4, 8, 12]
+    assert set(history[0]) == {
+        'epoch',
+        'step',
+        'train_loss',
+        'train_accuracy',
+        'validation_loss',
+        'validation_accuracy',
+        'learning_rate',
+        'images_per_second',
+    }
+    assert history[-1]['train_loss'] < history[0]['train_loss']
+    assert history[-1]['validation_accuracy'] > 0.3
+    assert [record['learning_rate'] for record in history] == pytest.approx([1e-3, 9e-4, 8.1e-4], rel=1e-5)
+    assert all(record['images_per_second'] > 0 for record in history)
+    assert json.loads((workdir / 'result.json').read_text()) == result
+    assert {key: result[key] for key in ('config_name', 'dataset', 'seed', 'epochs_run', 'stopped_early')} == {
+        'config_name': 'cnn_dropout',
+        'dataset': 'digits',
+        'seed': 0,
+        'epochs_run': 3,
+        'stopped_early': False,
+    }
+    assert result['num_parameters'] == 620_362
+    assert set(result['test']) == {
+        'accuracy',
+        'mean_class_accuracy',
+        'cross_entropy',
+        'per_class_accuracy',
+        'num_examples',
+    }
+    assert result['test']['num_examples'] == 300
+    assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
+    assert not list(workdir.glob('.*'))
+
+
+def test_the_best_epoch_is_that_of_the_best_validation_accuracy(finished_run):
+    _, workdir, result = finished_run
+    accuracies = [record['validation_accuracy'] for record in read_history(workdir)]
+    assert result['best_epoch'] == 1 + int(np.argmax(accuracies))
+
+
+def test_evaluate_repeats_the_result_to_the_last_digit(finished_run):
+    _, workdir, result = finished_run
+    metrics = evaluate_checkpoint(workdir, 'test', 'best')
+    assert {key: metrics[key] for key in result['test']} == result['test']
+    assert np.array(metrics['confusion_matrix']).sum() == 300
+    best = read_history(workdir)[result['best_epoch'] - 1]
+    metrics = evaluate_checkpoint(workdir, 'validation', 'best')
+    assert metrics['cross_entropy'] == best['validation_loss']
+    assert metrics['accuracy'] == best['validation_accuracy']
+    assert metrics['step'] == best['step']
+
+
+def test_a_finished_run_is_not_run_again(finished_run, capsys):
+    config, workdir, result = finished_run
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+    assert loop.run(config, workdir) == result
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
+    assert f'accuracy {result["test"]["accuracy"]:.4f}' in capsys.readouterr().out
+
+
+def test_another_config_is_refused_and_what_differs_is_named(finished_run):
+    config, workdir, _ = finished_run
+    other = config.copy_and_resolve_references()
+    other.seed, other.augment.random_mirror = 5, True
+    with pytest.raises(ConfigError, match=r'differs in augment\.random_mirror, seed;'):
+        loop.run(other, workdir)
+
+
+def test_how_a_run_is_carried_out_may_change(finished_run):
+    config, workdir, result = finished_run
+    other = config.copy_and_resolve_references()
+    other.num_devices, other.keep_checkpoints = 2, 3
+    assert loop.run(other, workdir) == result
+
+
+def test_early_stopping_ends_the_run_and_reports_the_best_epoch(small_config, tmp_path):
+    small_config.learning_rate = 1e-12  # nothing ever improves after the first epoch
+    small_config.num_epochs = 10
+    small_config.early_stopping.patience = 2
+    result = loop.run(small_config, tmp_path)
+    assert (result['best_epoch'], result['epochs_run'], result['stopped_early']) == (1, 3, True)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.find('best'), checkpoints.find('latest')) == (4, 12)
+
+
+def test_the_loss_chooses_the_best_epoch_where_it_is_told_to(small_config, tmp_path):
+    small_config.early_stopping.metric = 'validation_loss'
+    result = loop.run(small_config, tmp_path)
+    losses = [record['validation_loss'] for record in read_history(tmp_path)]
+    assert result['best_epoch'] == 1 + int(np.argmin(losses))
+
+
+def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(small_config, tmp_path):
+    small_config.optimizer.name = 'sgd'
+    small_config.learning_rate = 1e8
+    with pytest.raises(DivergedError, match=r'training loss is (nan|inf) at step [1-4] .* no checkpoint was saved yet'):
+        loop.run(small_config, tmp_path / 'at once')
+    assert not (tmp_path / 'at once' / 'result.json').exists()
+
+    small_config.learning_rate = 1e-3
+    small_config.num_epochs = 1
+    small_config.schedule.name = 'constant'
+    workdir = tmp_path / 'later'
+    loop.run(small_config, workdir)
+    # The run goes on, now with a learning rate that it cannot survive.
+    (workdir / 'result.json').unlink()
+    small_config.num_epochs, small_config.learning_rate = 2, 1e8
+    (workdir / 'config.json').unlink()
+    rundir.create(workdir, small_config)
+    with pytest.raises(DivergedError, match=r'the checkpoint of step 4 is kept'):
+        loop.run(small_config, workdir)
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 4
+
+
+def test_cosine_one_cycle_and_sgd_train(small_config, tmp_path):
+    small_config.optimizer.name = 'sgd'
+    small_config.learning_rate = 0.05
+    small_config.schedule.name = 'one_cycle'
+    small_config.label_smoothing = 0.1
+    small_config.optimizer.gradient_clip_norm = 1.0
+    loop.run(small_config, tmp_path)
+    history = read_history(tmp_path)
+    assert history[-1]['validation_accuracy'] > 0.2
+    assert history[-1]['learning_rate'] < history[0]['learning_rate']
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(small_config, tmp_path):
+    small_config.num_devices, small_config.batch_size = 2, 63
+    with pytest.raises(ConfigError, match='batch_size 63 is not divisible by the 2 devices'):
+        loop.run(small_config, tmp_path / 'run')
+    small_config.num_devices = 3
+    with pytest.raises(ConfigError, match='num_devices is 3, but there are 2 devices'):
+        loop.run(small_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_two_devices_and_several_steps_per_call_give_the_same_run(small_config, tmp_path):
+    """Without dropout, augmentation and batch statistics."""
+    small_config.num_epochs = 2
+    loop.run(small_config, tmp_path / 'one')
+    small_config.num_devices, small_config.steps_per_call = 2, 3
+    loop.run(small_config, tmp_path / 'two')
+    for one, two in zip(read_history(tmp_path / 'one'), read_history(tmp_path / 'two'), strict=True):
+        assert two['train_loss'] == pytest.approx(one['train_loss'], rel=1e-4)
+        assert two['validation_loss'] == pytest.approx(one['validation_loss'], rel=1e-4)
+
+
+def test_the_test_split_is_placed_once_and_last(small_config, tmp_path, monkeypatch):
+    from flax_dlvc.setup import Setup
+
+    placed = []
+    place = Setup.place
+
+    def noting_place(self, split):
+        names = ('train', 'validation', 'test')
+        placed.append(next(name for name in names if getattr(self.dataset, name) is split))
+        return place(self, split)
+
+    monkeypatch.setattr(Setup, 'place', noting_place)
+    small_config.num_epochs = 1
+    loop.run(small_config, tmp_path)
+    assert placed == ['train', 'validation', 'test']
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_config, tmp_path):
+    small_config.num_epochs = 1
+    small_config.dropout_rate = 0.3
+    small_config.augment.random_resized_crop = True
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        small_config.seed = seed
+        loop.run(small_config, tmp_path / name)
+    a, b, c = (without_speed(read_history(tmp_path / name)) for name in 'abc')
+    assert a == b
+    assert a != c
+
+
+def restore_latest(workdir):
+    setup = set_up(rundir.read_config(workdir))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.restore(checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated)[0]
+
+
+@pytest.mark.parametrize('stop_at_call', [3, 7])
+def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(
+    small_config, tmp_path, monkeypatch, stop_at_call
+):
+    """Dropout and augmentation on; the batch statistics of a ResNet would only make it slower."""
+    import os
+    import signal
+
+    from flax_dlvc.errors import StoppedError
+    from flax_dlvc.setup import Setup
+
+    small_config.dropout_rate = 0.3
+    small_config.augment.random_resized_crop = small_config.augment.random_mirror = True
+    small_config.num_epochs = 2
+    loop.run(small_config, tmp_path / 'whole')
+
+    calls = []
+    train_step = Setup.train_step.func
+
+    def signalling_train_step(self):
+        step = train_step(self)
+
+        def call(*arguments):
+            calls.append(1)
+            if len(calls) == stop_at_call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Setup, 'train_step', property(signalling_train_step))
+        with pytest.raises(StoppedError, match=f'stopped by SIGTERM, saved at step {stop_at_call} ') as stopped:
+            loop.run(small_config, tmp_path / 'stopped')
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    result = loop.run(small_config, tmp_path / 'stopped')
+    assert result == json.loads((tmp_path / 'whole' / 'result.json').read_text())
+    whole, stopped_run = (without_speed(read_history(tmp_path / name)) for name in ('whole', 'stopped'))
+    assert stopped_run == whole
+    for a, b in zip(
+        jax.tree.leaves(restore_latest(tmp_path / 'whole')),
+        jax.tree.leaves(restore_latest(tmp_path / 'stopped')),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,231 @@
+"""The command line, in real processes: what users type, how it ends, what it leaves behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+
+CONFIG = ROOT / 'configs' / 'cnn_dropout_augment.py'
+
+
+def read_history(workdir):
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != 'images_per_second'} for line in lines]
+
+
+def checkpoint_bytes(workdir):
+    """The values in a run's newest checkpoint, by name."""
+    import jax
+
+    from flax_dlvc import rundir
+    from flax_dlvc.checkpoint import Checkpoints
+    from flax_dlvc.setup import set_up
+
+    setup = set_up(rundir.read_config(workdir))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(
+            checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated
+        )
+    return {jax.tree_util.keystr(path): bytes(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory, command, small_run_flags):
+    """A run of `CONFIG` that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    done = command('main', '--config', CONFIG, '--workdir', workdir, *small_run_flags)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_says_what_it_is_and_ends_with_score_and_picture(whole_run):
+    workdir, done = whole_run
+    lines = done.stdout.splitlines()
+    assert any('cnn with 620,362 parameters on digits (299 train, 299 validation, 300 test)' in line for line in lines)
+    assert [line.split()[1] for line in lines if line.startswith('epoch ')] == ['1/3', '2/3', '3/3']
+    assert lines[-3] == 'cnn_dropout_augment on digits ended after epoch 3'
+    accuracy = json.loads((workdir / 'result.json').read_text())['test']['accuracy']
+    assert f'accuracy {accuracy:.4f}' in lines[-2]
+    assert lines[-1] == f'curves: {workdir / "curves.png"}'
+    assert done.stderr == ''
+
+
+def test_tensorflow_is_never_imported(whole_run):
+    code = (
+        'import sys, pkgutil, importlib, flax_dlvc\n'
+        'for module in pkgutil.walk_packages(flax_dlvc.__path__, "flax_dlvc."):\n'
+        '    importlib.import_module(module.name)\n'
+        'sys.exit("tensorflow" in sys.modules)'
+    )
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_to_the_same_bits(whole_run, tmp_path, start, command, small_run_flags, number):
+    arguments = ('main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags)
+    process = start(*arguments)
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / 'run' / 'metrics.jsonl').exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number
+        assert stderr.startswith(f'stopped by {number.name}, saved at step ')
+        assert stderr.count('\n') == 1
+
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    whole, _ = whole_run
+    assert read_history(tmp_path / 'run') == read_history(whole)
+    assert (tmp_path / 'run' / 'result.json').read_text() == (whole / 'result.json').read_text()
+    assert checkpoint_bytes(tmp_path / 'run') == checkpoint_bytes(whole)
+
+
+BAD_CONFIGS = {
+    'syntax.py': 'def get_config(:\n',
+    'raises.py': 'raise RuntimeError("first line\\nsecond line")\n',
+    'no_function.py': 'x = 1\n',
+    'unknown_field.py': (
+        'from configs import cnn\ndef get_config():\n    config = cnn.get_config()\n    config.colour = 3\n'
+        '    return config\n'
+    ),
+    'not_a_config.py': 'def get_config():\n    return 3\n',
+    'wrong_type.py': (
+        'from configs import cnn\ndef get_config():\n    config = cnn.get_config()\n    config.batch_size = "many"\n'
+        '    return config\n'
+    ),
+}
+
+
+@pytest.mark.parametrize('name', BAD_CONFIGS)
+def test_a_config_file_with_an_error_is_one_line(tmp_path, command, name):
+    (tmp_path / name).write_text(BAD_CONFIGS[name])
+    assert_refused(command('main', '--config', tmp_path / name, '--workdir', tmp_path / 'run'), tmp_path / 'run')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'telling'),
+    [
+        (['--config.colour=3'], 'colour'),
+        (['--config.batch_size=many'], 'batch_size'),
+        (['--config.batch_size=0'], 'batch_size must be at least 1'),
+        (['--config.augment.random_resized_crop_scale=(0.5,0.1)'], 'random_resized_crop_scale must be'),
+        (['--config.dropout_rate=nan'], 'dropout_rate must be in'),
+        (['--nonsense=1'], 'nonsense'),
+        (['surplus'], 'surplus'),
+        (['--config.dataset=nonsense'], "'nonsense' is neither 'digits' nor a TFDS dataset"),
+        (['--config.splits.validation=train[:30%]'], 'share examples'),
+        (['--config.splits.test=test[:0]'], 'holds no examples'),
+        (['--config.splits.test=exam'], 'not a slice'),
+        (['--config.batch_size=512'], 'larger than the training split'),
+        (['--config.batch_size=31', '--config.num_devices=2'], 'not divisible'),
+        (['--config.num_devices=5'], 'there are 2 devices'),
+        (['--config.model.name=vit', '--config.model.patch_size=5'], 'does not divide'),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, command, small_run_flags, flags, telling):
+    workdir = tmp_path / 'run'
+    done = command(
+        'main', '--config', CONFIG, '--workdir', workdir, *small_run_flags, *flags, JAX_NUM_CPU_DEVICES='2'
+    )
+    assert_refused(done, workdir)
+    assert telling in done.stderr
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, command, small_run_flags):
+    (tmp_path / 'file').write_text('')
+    done = command('main', '--config', CONFIG, '--workdir', tmp_path / 'file' / 'run', *small_run_flags)
+    assert_refused(done, tmp_path / 'file' / 'run')
+    done = command('main', '--config', CONFIG, '--workdir', tmp_path / 'file', *small_run_flags)
+    assert_refused(done)
+    assert 'not a directory' in done.stderr
+
+
+def test_a_missing_config_is_one_line(tmp_path, command):
+    done = command('main', '--workdir', tmp_path / 'run')
+    assert_refused(done, tmp_path / 'run')
+    assert '--config' in done.stderr
+    assert_refused(command('main', '--config', tmp_path / 'none.py'))
+
+
+def test_a_dataset_that_is_not_there_names_what_to_do(tmp_path, command):
+    began = time.monotonic()
+    done = command(
+        'main',
+        '--config',
+        ROOT / 'configs' / 'cnn.py',
+        '--workdir',
+        tmp_path / 'run',
+        TFDS_DATA_DIR=str(tmp_path / 'tfds'),
+        https_proxy='http://127.0.0.1:9',  # no network, wherever this runs
+    )
+    assert_refused(done, tmp_path / 'run')
+    assert time.monotonic() - began < 40  # 15 seconds to give up, and the imports on a busy machine
+    for part in (str(tmp_path / 'tfds'), '--archive', '--config.dataset=digits'):
+        assert part in done.stderr
+
+
+def test_a_diverging_run_exits_with_3(tmp_path, command, small_run_flags):
+    flags = ('--config.optimizer.name=sgd', '--config.learning_rate=1e8')
+    done = command('main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags, *flags)
+    assert done.returncode == 3
+    assert 'learning rate 1e+08' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def test_evaluate_prints_and_writes(whole_run, command):
+    workdir, _ = whole_run
+    done = command('evaluate', '--workdir', workdir)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((workdir / 'evaluation-test.json').read_text())
+    result = json.loads((workdir / 'result.json').read_text())['test']
+    assert {key: written[key] for key in result} == result
+    assert f'accuracy {result["accuracy"]:.4f}' in done.stdout
+    assert 'digits test' in done.stdout
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda workdir: (workdir / 'config.json').unlink(),
+        lambda workdir: (workdir / 'config.json').write_text('{'),
+        lambda workdir: (workdir / 'config.json').write_text('{"seed": 1}'),
+        lambda workdir: (workdir / 'checkpoints').rename(workdir / 'elsewhere'),
+        lambda workdir: [path.write_bytes(b'') for path in (workdir / 'checkpoints').rglob('*') if path.is_file()],
+    ],
+)
+def test_evaluating_a_damaged_directory_is_one_line(whole_run, tmp_path, command, damage):
+    import shutil
+
+    workdir = shutil.copytree(whole_run[0], tmp_path / 'run')
+    (workdir / 'evaluation-test.json').unlink(missing_ok=True)
+    damage(workdir)
+    assert_refused(command('evaluate', '--workdir', workdir))
+    assert not (workdir / 'evaluation-test.json').exists()
+
+
+@pytest.mark.parametrize('flags', [['--workdir', '/nowhere'], [], ['--workdir', '.', '--split', 'exam'], ['--help me']])
+def test_evaluate_refuses_bad_arguments_in_one_line(command, flags):
+    assert_refused(command('evaluate', *flags))
+
+
+def assert_refused(done, workdir=None):
+    """Exit code 2, one line on stderr, no traceback, no directory made."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith('error: ')
+    assert done.stderr.count('\n') == 1, done.stderr
+    assert 'Traceback' not in done.stderr
+    assert workdir is None or not workdir.exists()

@@ -1,0 +1,205 @@
+"""The training and evaluation steps: devices, keys, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_dlvc import data, steps
+from flax_dlvc.metrics import Sums, cross_entropy, summarize
+from flax_dlvc.models import create_model
+
+NUM_CLASSES, NUM_EXAMPLES, BATCH_SIZE = 10, 320, 32
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture(scope='module')
+def split():
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (NUM_EXAMPLES, 8, 8, 3), np.uint8)
+    return data.Split(images, generator.integers(0, NUM_CLASSES, NUM_EXAMPLES).astype(np.int32))
+
+
+def make_model(dropout_rate=0.0, name='cnn'):
+    return create_model(
+        name,
+        num_classes=NUM_CLASSES,
+        dropout_rate=dropout_rate,
+        dtype='float32',
+        stage_features=(8,),  # CNN
+        hidden_features=16,  # CNN
+        stage_sizes=(1,),  # ResNet
+    )
+
+
+def train(split, *, model, num_devices, steps_per_call=1, num_steps=10, augmentation=None, optimizer=None):
+    """Trains from the same start; returns the state and the loss of every step."""
+    optimizer = optimizer or optax.sgd(0.05)
+    devices = jax.devices()[:num_devices]
+    state = steps.create_state(model, optimizer, (8, 8, 3), NUM_CLASSES, seed=3)
+    state = jax.device_put(state, steps.replicated(devices))
+    images, labels = data.place(split, steps.replicated(devices))
+    train_step = steps.make_train_step(
+        model=model,
+        optimizer=optimizer,
+        augmentation=augmentation,
+        mean=MEAN,
+        std=STD,
+        label_smoothing=0.0,
+        seed=3,
+        devices=devices,
+    )
+    batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), BATCH_SIZE, num_devices)[:num_steps]
+    totals = [0.0]
+    for indices in steps.calls(batches, 0, steps_per_call):
+        state, sums = train_step(state, images, labels, indices)
+        totals.append(float(sums.loss.total))
+    return state, np.diff(totals) / BATCH_SIZE
+
+
+def assert_trees_close(left, right, tolerance):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_two_devices_train_like_one(split):
+    model = make_model()
+    one, losses_of_one = train(split, model=model, num_devices=1)
+    two, losses_of_two = train(split, model=model, num_devices=2)
+    assert len(losses_of_one) == 10
+    np.testing.assert_allclose(losses_of_two, losses_of_one, rtol=1e-5)
+    assert_trees_close(one.params, two.params, 1e-5)
+
+
+def test_augmentation_does_not_depend_on_the_number_of_devices(split):
+    def augmentation(key, image):
+        return image * jax.random.uniform(key)
+
+    model = make_model()
+    _, losses_of_one = train(split, model=model, num_devices=1, augmentation=augmentation)
+    _, losses_of_two = train(split, model=model, num_devices=2, augmentation=augmentation)
+    _, without = train(split, model=model, num_devices=1)
+    np.testing.assert_allclose(losses_of_two, losses_of_one, rtol=1e-5)
+    assert np.abs(losses_of_one - without).min() > 1e-4
+
+
+def test_augmentation_differs_between_examples_and_steps(split):
+    """Scaling each image by its random number: the same image twice in a batch, and in two steps, looks different."""
+    same = data.Split(np.broadcast_to(split.images[:1], split.images.shape), split.labels * 0)
+
+    def augmentation(key, image):
+        return image * jax.random.uniform(key)
+
+    _, losses = train(same, model=make_model(), num_devices=1, augmentation=augmentation, optimizer=optax.sgd(0.0))
+    assert len(np.unique(losses)) == 10
+
+
+def test_several_steps_in_one_call_are_the_same_steps(split):
+    model = make_model(dropout_rate=0.3)
+    one, _ = train(split, model=model, num_devices=2, steps_per_call=1)
+    four, _ = train(split, model=model, num_devices=2, steps_per_call=4)
+    assert int(four.step) == 10
+    assert_trees_close(one.params, four.params, 1e-5)
+    assert int(four.sums.loss.count) == 10 * BATCH_SIZE
+
+
+def test_dropout_differs_between_steps_and_devices(split):
+    """With a learning rate of zero and one batch again and again, only the masks move the loss."""
+    model = make_model(dropout_rate=0.5)
+    first = data.Split(split.images[np.arange(NUM_EXAMPLES) % 2], split.labels[np.arange(NUM_EXAMPLES) % 2])
+    _, losses = train(first, model=model, num_devices=1, optimizer=optax.sgd(0.0))
+    assert len(np.unique(losses)) == 10
+    _, losses_of_two = train(first, model=model, num_devices=2, optimizer=optax.sgd(0.0))
+    assert not np.array_equal(losses, losses_of_two)
+
+
+def test_gradient_is_that_of_the_mean_loss_of_the_whole_batch(split):
+    model = make_model()
+    state = steps.create_state(model, optax.sgd(1.0), (8, 8, 3), NUM_CLASSES, seed=3)
+    indices = data.epoch_order(NUM_EXAMPLES, 3, 1)[:BATCH_SIZE]
+    images = (split.images[indices] / 255 - np.array(MEAN)) / np.array(STD)
+
+    def loss(params):
+        logits = model.apply({'params': params}, jnp.asarray(images, jnp.float32), train=False)
+        return cross_entropy(logits, split.labels[indices]).mean()
+
+    expected = jax.tree.map(jnp.subtract, state.params, jax.grad(loss)(state.params))
+    trained, losses = train(split, model=model, num_devices=2, num_steps=1, optimizer=optax.sgd(1.0))
+    assert_trees_close(trained.params, expected, 1e-5)
+    assert losses[0] == pytest.approx(float(loss(state.params)), rel=1e-5)
+
+
+def test_batch_statistics_are_averaged_over_the_devices(split):
+    model = make_model(name='resnet18')
+    one, _ = train(split, model=model, num_devices=1, num_steps=1)
+    two, _ = train(split, model=model, num_devices=2, num_steps=1)
+    # The mean of the devices' means is the mean of the batch; their variances are smaller by that of the means.
+    np.testing.assert_allclose(one.batch_stats['bn1']['mean'], two.batch_stats['bn1']['mean'], rtol=1e-4, atol=1e-6)
+    for leaf in jax.tree.leaves(two.batch_stats):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        np.testing.assert_array_equal(copies[0], copies[1])
+
+
+def test_the_state_is_freed_and_the_sums_are_not(split):
+    devices = jax.devices()[:1]
+    model, optimizer = make_model(), optax.sgd(0.1)
+    state = jax.device_put(
+        steps.create_state(model, optimizer, (8, 8, 3), NUM_CLASSES, seed=0), steps.replicated(devices)
+    )
+    train_step = steps.make_train_step(
+        model=model,
+        optimizer=optimizer,
+        augmentation=None,
+        mean=MEAN,
+        std=STD,
+        label_smoothing=0.0,
+        seed=0,
+        devices=devices,
+    )
+    placed = data.place(split, steps.replicated(devices))
+    indices = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
+    after, sums = train_step(state, *placed, indices)
+    train_step(after, *placed, indices)
+    assert jax.tree.leaves(state.params)[0].is_deleted()
+    assert int(sums.loss.count) == 8
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+@pytest.mark.parametrize('batch_size', [2, 100, 320, 1000])
+@pytest.mark.parametrize('steps_per_call', [1, 3])
+def test_evaluation_counts_every_example_once(split, num_devices, batch_size, steps_per_call):
+    devices = jax.devices()[:num_devices]
+    model = make_model()
+    state = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1)
+    variables = jax.device_put(state.variables, steps.replicated(devices))
+    images, labels = data.place(split, steps.replicated(devices))
+    evaluation_step = steps.make_evaluation_step(model=model, mean=MEAN, std=STD, devices=devices)
+    sums = jax.device_put(Sums.empty(NUM_CLASSES), steps.replicated(devices))
+    small = 50 if batch_size == 2 else NUM_EXAMPLES  # a batch size of 2 on everything would take long
+    for indices in steps.calls(data.evaluation_batches(small, batch_size, num_devices), 0, steps_per_call):
+        sums = evaluation_step(variables, sums, images, labels, indices)
+
+    normalized = (split.images[:small] / 255 - np.array(MEAN)) / np.array(STD)
+    logits = np.asarray(model.apply(state.variables, jnp.asarray(normalized, jnp.float32), train=False), np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    metrics = summarize(sums)
+    assert metrics['num_examples'] == small
+    assert metrics['accuracy'] == np.mean(logits.argmax(axis=1) == split.labels[:small])
+    expected = -log_probabilities[np.arange(small), split.labels[:small]].mean()
+    assert metrics['cross_entropy'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_calls_cover_the_steps_that_are_left():
+    batches = np.arange(10 * 2 * 3).reshape(10, 2, 3)
+    calls = steps.calls(batches, 3, 4)
+    assert [call.shape for call in calls] == [(2, 4, 3), (2, 3, 3)]
+    np.testing.assert_array_equal(np.concatenate(calls, axis=1).swapaxes(0, 1), batches[3:])
+
+
+def test_initial_state_depends_on_the_seed_alone():
+    model, optimizer = make_model(), optax.sgd(0.1)
+    a, b, c = (steps.create_state(model, optimizer, (8, 8, 3), NUM_CLASSES, seed=seed) for seed in (0, 0, 1))
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, a.params, b.params)))
+    assert not jnp.array_equal(a.params['Conv_0']['kernel'], c.params['Conv_0']['kernel'])
