@@ -53,13 +53,18 @@ def get_config() -> ConfigDict:
     config.schedule.name = 'exponential'  # 'constant', 'exponential', 'cosine' or 'one_cycle'
     config.schedule.decay_per_epoch = 0.9  # exponential: factor applied after each epoch
     config.schedule.warmup_epochs = 0.0  # linear from 0 to the peak, before 'constant', 'exponential' and 'cosine'
+    config.ema_decay = 0.0  # of the average of the parameters that is validated and tested, per step; 0 is off
 
     # Stopping and keeping
     config.early_stopping = ConfigDict()
     config.early_stopping.metric = 'validation_accuracy'  # or 'validation_loss'; also chooses the best checkpoint
     config.early_stopping.patience = 5  # epochs without improvement before the run stops; 0 never stops early
     config.early_stopping.min_delta = 0.0  # an improvement has to be larger than this
-    config.keep_checkpoints = 1  # latest checkpoints kept, besides the best one
+    config.keep_checkpoints = 2  # latest checkpoints kept, besides the best one
+    config.checkpoint_every_steps = 0  # besides every epoch; 0 is off
+    config.checkpoint_every_minutes = 0.0  # besides every epoch; 0 is off
+    config.on_divergence = 'stop'  # or 'rewind': back to the last checkpoint, with half the learning rate
+    config.max_rewinds = 3  # after which a diverging run stops all the same
 
     # Execution; these do not change what is computed beyond floating-point rounding
     config.num_devices = 0  # local devices to use; 0 is all

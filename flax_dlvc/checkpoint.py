@@ -1,16 +1,25 @@
-"""Checkpoints by Orbax: the latest, to resume from, and the best, to report; with everything that the loop needs."""
+"""Checkpoints by Orbax: the latest, to resume from, and the best, to report; with everything that the loop needs.
+
+A checkpoint is trusted only when its structure, its values' fingerprints and its text's checksum are those that were
+saved. Orbax writes each one beside its place and renames it, so a crash leaves none half-written.
+"""
 
 import dataclasses
+import importlib.metadata
+import json
 import logging
+import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.steps import TrainState
 from flax_dlvc.stopping import Stopping
 
@@ -23,11 +32,17 @@ class Progress:
         history: a record per finished epoch, as in `metrics.jsonl`.
         stopping: the state of early stopping.
         best_step: the training step of the best checkpoint.
+        rewinds: how often the run diverged and went back.
     """
 
     history: tuple[dict[str, Any], ...] = ()
     stopping: Stopping = dataclasses.field(default_factory=Stopping)
     best_step: int | None = None
+    rewinds: int = 0
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was saved."""
 
 
 class _LatestAndBest:
@@ -47,7 +62,8 @@ class Checkpoints:
     """The checkpoints of a run directory, named by training step; a context manager that waits for the last save."""
 
     def __init__(self, workdir: Path, *, keep_latest: int = 1, read_only: bool = False):
-        logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax logs every file it touches
+        # Orbax logs every file it touches, and what we report ourselves.
+        logging.getLogger('absl').setLevel(logging.CRITICAL)
         self.directory = workdir.resolve() / 'checkpoints'
         if read_only and not self.directory.is_dir():
             raise ConfigError(f'{workdir} has no checkpoints; is it a run directory?')
@@ -58,11 +74,14 @@ class Checkpoints:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={'state': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()},
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={'state': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()},
+            )
+        except OSError as error:
+            raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -70,7 +89,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as failure:
+            if error is None:
+                raise self._storage_error(failure) from failure
 
     @property
     def latest_step(self) -> int | None:
@@ -81,21 +104,43 @@ class Checkpoints:
         """Saves asynchronously; the state may be freed as soon as this returns.
 
         A step that is saved already stays as it is: the same step always has the same state.
+
+        Raises:
+            StorageError: this save or the one before failed.
+            FloatingPointError: the state is not finite; it is not saved.
         """
         step = int(state.step)
         self._policy.best_step = progress.best_step
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
-            ),
-        )
+        fingerprints, finite = inspect(state)
+        if not finite:
+            raise FloatingPointError(f'the state of step {step} is not finite')
+        content = {
+            'progress': dataclasses.asdict(progress),
+            'fingerprints': [int(fingerprint) for fingerprint in jax.device_get(fingerprints)],
+            'versions': versions(),
+        }
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(content | {'crc32': _crc32(content)})
+                ),
+            )
+        except Exception as error:  # whatever Orbax and TensorStore make of a full disk
+            raise self._storage_error(error) from error
 
     def wait(self) -> None:
-        """Returns when the last save is complete."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is complete.
+
+        Raises:
+            StorageError: it failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._storage_error(error) from error
 
     def restore(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress]:
         """Restores the state and the progress of a step.
@@ -111,27 +156,42 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             steps = ', '.join(map(str, self._manager.all_steps())) or 'none'
             raise ConfigError(f'{self.directory} has no checkpoint of step {step}; there are: {steps}')
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         try:
-            saved = self._manager.item_metadata(step)['state']
-            if _shapes(saved) != _shapes(target):
-                raise ConfigError(f'{self.directory}: step {step} is of another model than config.json describes')
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
-            )
-            return restored['state'], _read_progress(restored['progress'])
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever Orbax, TensorStore and JSON make of a damaged file
-            raise ConfigError(f'{self.directory}: the checkpoint of step {step} is damaged: {error}') from error
+            return self._restore(step, like, sharding)
+        except DamagedError as error:
+            raise ConfigError(f'{self.directory}: the checkpoint of step {step} {error}') from error
 
-    def progress(self, step: int) -> Progress:
-        """The progress alone of a step that exists."""
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-            return _read_progress(restored['progress'])
-        except Exception as error:
-            raise ConfigError(f'{self.directory}: the checkpoint of step {step} is damaged: {error}') from error
+    def restore_latest(self, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress] | None:
+        """Restores the newest checkpoint that is whole; sets newer, damaged ones aside with a warning on stderr.
+
+        Returns:
+            None where there are no checkpoints.
+
+        Raises:
+            ConfigError: there are checkpoints, but none is whole; nothing is changed.
+        """
+        damaged: list[tuple[int, DamagedError]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore(step, like, sharding)
+            except DamagedError as error:
+                damaged.append((step, error))
+                continue
+            for damaged_step, damage in damaged:
+                aside = self._set_aside(damaged_step)
+                print(
+                    f'warning: the checkpoint of step {damaged_step} {damage}; it is now {aside}, '
+                    f'and the run goes on from step {step}',
+                    file=sys.stderr,
+                )
+            return restored
+        if damaged:
+            newest, damage = damaged[0]
+            raise ConfigError(
+                f'{self.directory} holds no whole checkpoint: that of step {newest} {damage}; '
+                'remove the run directory to start anew'
+            )
+        return None
 
     def find(self, which: str) -> int:
         """Turns 'best', 'latest' or a number into a training step.
@@ -139,19 +199,101 @@ class Checkpoints:
         Raises:
             ConfigError: there is no such checkpoint.
         """
-        latest = self.latest_step
-        if latest is None:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
             raise ConfigError(f'{self.directory} holds no checkpoint')
         if which == 'latest':
-            return latest
+            return steps[-1]
         if which == 'best':
-            best = self.progress(latest).best_step
+            try:
+                best = self._read_progress(steps[-1]).best_step
+            except DamagedError as error:
+                raise ConfigError(
+                    f'{self.directory}: the checkpoint of step {steps[-1]} {error}; '
+                    'start the run again to go on from an older one, or name one with --step'
+                ) from error
             if best is None:
                 raise ConfigError(f'{self.directory}: no epoch is finished, so none is the best; try --step latest')
             return best
         if not which.isdecimal():
             raise ConfigError(f"--step must be 'best', 'latest' or a number of training steps, not {which!r}")
         return int(which)
+
+    def _restore(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress]:
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+        content = self._read_content(step)
+        try:
+            # Orbax would cast dtypes and leave out arrays silently.
+            same_structure = _shapes(self._manager.item_metadata(step)['state']) == _shapes(target)
+        except Exception as error:  # whatever Orbax makes of a damaged file
+            raise DamagedError(f'is damaged ({error})') from error
+        if not same_structure:
+            raise DamagedError('is of another model than config.json describes')
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+        except Exception as error:
+            raise DamagedError(f'is damaged ({error})') from error
+        state = restored['state']
+        fingerprints, finite = inspect(state)
+        if [int(fingerprint) for fingerprint in jax.device_get(fingerprints)] != content['fingerprints']:
+            raise DamagedError('is damaged (its values are not those that were saved)')
+        if not finite or int(state.step) != step:
+            raise DamagedError('is damaged (its values are not finite, or of another step)')
+        return state, _progress(content)
+
+    def _read_content(self, step: int) -> dict[str, Any]:
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+            content = dict(restored['progress'])
+            whole = content.pop('crc32') == _crc32(content)
+        except Exception as error:
+            raise DamagedError(f'is damaged ({error})') from error
+        if not whole:
+            raise DamagedError('is damaged (its progress is not what was saved)')
+        return content
+
+    def _read_progress(self, step: int) -> Progress:
+        return _progress(self._read_content(step))
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self.directory.parent / 'damaged' / str(step)
+        while aside.exists():
+            aside = aside.with_name(f'{aside.name}x')
+        aside.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def _storage_error(self, error: Exception) -> StorageError:
+        return StorageError(
+            f'cannot save to {self.directory} ({error}); the checkpoints before are whole: '
+            'free space or mend the disk, and start again'
+        )
+
+
+@jax.jit
+def inspect(tree: Any) -> tuple[list[jax.Array], jax.Array]:
+    """A fingerprint (uint32) of each array of 16- or 32-bit numbers, the same on every backend; and: is all finite?
+
+    Each word times an odd number of its place, summed modulo 2^32: a change of any one word always changes it.
+    """
+
+    def fingerprint(leaf: jax.Array) -> jax.Array:
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
+        factors = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B2) + jnp.uint32(1)
+        return jnp.sum(words * factors, dtype=jnp.uint32)
+
+    leaves = jax.tree.leaves(tree)
+    finite = [jnp.isfinite(leaf).all() for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return [fingerprint(leaf) for leaf in leaves], jnp.all(jnp.stack(finite))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: the package, JAX and the libraries on it, Python."""
+    packages = ('flax_dlvc', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return found | {'python': '.'.join(map(str, sys.version_info[:3]))}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -163,5 +305,10 @@ def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _read_progress(values: dict[str, Any]) -> Progress:
-    return Progress(tuple(values['history']), Stopping(**values['stopping']), values['best_step'])
+def _crc32(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _progress(content: dict[str, Any]) -> Progress:
+    values = dict(content['progress'])
+    return Progress(tuple(values.pop('history')), Stopping(**values.pop('stopping')), **values)

@@ -93,6 +93,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ('schedule.decay_per_epoch', lambda v: 0 < v <= 1, 'must be in (0, 1]'),
     ('schedule.warmup_epochs', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('ema_decay', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
     (
         'early_stopping.metric',
         lambda v: v in ('validation_accuracy', 'validation_loss'),
@@ -101,6 +102,10 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('early_stopping.patience', lambda v: v >= 0, 'must be at least 0'),
     ('early_stopping.min_delta', lambda v: 0 <= v < math.inf, 'must be at least 0'),
     ('keep_checkpoints', lambda v: v >= 1, 'must be at least 1'),
+    ('checkpoint_every_steps', lambda v: v >= 0, 'must be at least 0'),
+    ('checkpoint_every_minutes', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('on_divergence', lambda v: v in ('stop', 'rewind'), "must be 'stop' or 'rewind'"),
+    ('max_rewinds', lambda v: v >= 0, 'must be at least 0'),
     ('num_devices', lambda v: v >= 0, 'must be at least 0'),
     ('steps_per_call', lambda v: v >= 0, 'must be at least 0'),
 )
@@ -180,7 +185,14 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 # Fields that say how a run is carried out, not what it computes; they may differ when a run goes on.
-EXECUTION_FIELDS = ('evaluation_batch_size', 'keep_checkpoints', 'num_devices', 'steps_per_call')
+EXECUTION_FIELDS = (
+    'checkpoint_every_minutes',
+    'checkpoint_every_steps',
+    'evaluation_batch_size',
+    'keep_checkpoints',
+    'num_devices',
+    'steps_per_call',
+)
 
 
 def differing_fields(left: ConfigDict, right: ConfigDict) -> list[str]:

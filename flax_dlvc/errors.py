@@ -25,6 +25,12 @@ class DivergedError(CommandError):
     exit_code = 3
 
 
+class StorageError(CommandError):
+    """The run directory cannot be written any more: a full disk, a quota, a file system gone read-only."""
+
+    exit_code = 4
+
+
 class StoppedError(CommandError):
     """A signal asked the run to stop; its state is saved."""
 

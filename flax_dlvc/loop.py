@@ -1,5 +1,6 @@
 """The run, told in order, once: restore, train and validate each epoch, stop, test the best checkpoint."""
 
+import dataclasses
 import math
 import signal
 import time
@@ -42,10 +43,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         setup = set_up(config)
         rundir.create(workdir, config)
         with (
+            rundir.lock(workdir),
             Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
             Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
         ):
-            result = train(setup, workdir, checkpoints, display)
+            result = train_and_rewind(setup, workdir, checkpoints, display)
             rundir.write_result(workdir, result)
     ended = 'stopped early' if result['stopped_early'] else 'ended'
     print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
@@ -54,14 +56,37 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return result
 
 
-def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Display) -> dict[str, Any]:
-    """The run proper, from its newest checkpoint or from nothing to its result."""
+def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Display) -> dict[str, Any]:
+    """Trains; where the config says so, a run that diverges goes back to its newest checkpoint, half as fast."""
+    config = setup.config
+    rewinds = 0
+    while True:
+        state, progress = restore_or_start(setup, checkpoints)
+        rewinds = max(rewinds, progress.rewinds)
+        slower = setup.with_learning_rate(config.learning_rate / 2**rewinds) if rewinds else setup
+        announce(slower, workdir, state, progress, display)
+        try:
+            return train(slower, state, dataclasses.replace(progress, rewinds=rewinds), workdir, checkpoints, display)
+        except DivergedError as error:
+            if config.on_divergence == 'stop' or rewinds == config.max_rewinds:
+                raise
+            rewinds += 1
+            display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {error}')
+
+
+def train(
+    setup: Setup,
+    state: steps.TrainState,
+    progress: Progress,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    display: Display,
+) -> dict[str, Any]:
+    """The run proper, from a state to its result."""
     config, dataset = setup.config, setup.dataset
-    state, progress = restore_or_start(setup, checkpoints)
-    announce(setup, workdir, state, progress, display)
     train_split, validation_split = setup.place(dataset.train), setup.place(dataset.validation)
 
-    with stop_signals() as check_stop, TensorBoard(workdir, first_epoch=len(progress.history) + 1) as tensorboard:
+    with stop_signals() as check_stop, TensorBoard(workdir) as tensorboard:
         try:
             while not finished(config, progress):
                 epoch = len(progress.history) + 1
@@ -71,10 +96,13 @@ def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Displa
                     state = state.replace(sums=setup.empty_sums())
                 sums = state.sums
                 monitor = Monitor(setup, step, checkpoints, display)
+                save_is_due = Clock(config, step)
                 order = data.epoch_order(len(dataset.train), config.seed, epoch)
                 batches = data.training_batches(order, config.batch_size, len(setup.devices))
                 for indices in steps.calls(batches, step - first_step, setup.steps_per_call):
                     check_stop()
+                    if save_is_due(step):
+                        save(checkpoints, state, progress, setup)
                     state, sums = setup.train_step(state, *train_split, indices)
                     step += indices.shape[1]
                     monitor.note(step, sums)
@@ -94,7 +122,7 @@ def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Displa
                     'images_per_second': images_per_second,
                 }
                 progress = advance(config, progress, record)
-                checkpoints.save(state, progress)
+                save(checkpoints, state, progress, setup)
                 rundir.write_history(workdir, progress.history)
                 tensorboard.epoch(record)
                 display.epoch(record, progress.stopping)
@@ -105,7 +133,7 @@ def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Displa
             )
             test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
         except StopRequested as request:
-            checkpoints.save(state, progress)
+            save(checkpoints, state, progress, setup)
             checkpoints.wait()
             name = signal.Signals(request.signal_number).name
             message = f'stopped by {name}, saved at step {int(state.step)} in {workdir}; the same command goes on'
@@ -129,16 +157,39 @@ def train(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Displa
         'best_epoch': best_epoch,
         'epochs_run': epochs_run,
         'stopped_early': stopped_early,
+        'rewinds': progress.rewinds,
         'num_parameters': count_parameters(state),
         'test': test,
     }
 
 
 def restore_or_start(setup: Setup, checkpoints: Checkpoints) -> tuple[steps.TrainState, Progress]:
-    """The newest checkpoint's state and progress, or the initial ones."""
-    if checkpoints.latest_step is None:
-        return jax.device_put(setup.create_state(), setup.replicated), Progress()
-    return checkpoints.restore(checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated)
+    """The newest whole checkpoint's state and progress, or the initial ones."""
+    restored = checkpoints.restore_latest(jax.eval_shape(setup.create_state), setup.replicated)
+    return restored or (jax.device_put(setup.create_state(), setup.replicated), Progress())
+
+
+def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress, setup: Setup) -> None:
+    """Saves, unless the state is not finite: then the run has diverged."""
+    try:
+        checkpoints.save(state, progress)
+    except FloatingPointError:
+        check_finite(math.nan, 'next', int(state.step), setup, checkpoints)
+
+
+class Clock:
+    """Says when a checkpoint within an epoch is due."""
+
+    def __init__(self, config: ConfigDict, step: int):
+        self._steps, self._seconds = config.checkpoint_every_steps, 60 * config.checkpoint_every_minutes
+        self._step, self._time = step, time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        now = time.monotonic()
+        due = 0 < self._steps <= step - self._step or 0 < self._seconds <= now - self._time
+        if due:
+            self._step, self._time = step, now
+        return due
 
 
 def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Progress, display: Display) -> None:
@@ -180,7 +231,8 @@ def advance(config: ConfigDict, progress: Progress, record: dict[str, Any]) -> P
     )
     is_best = stopping_state.best_epoch == record['epoch']
     best_step = record['step'] if is_best else progress.best_step
-    return Progress((*progress.history, record), stopping_state, best_step)
+    history = (*progress.history, record)
+    return dataclasses.replace(progress, history=history, stopping=stopping_state, best_step=best_step)
 
 
 def check_finite(loss: float, split: str, step: int, setup: Setup, checkpoints: Checkpoints) -> None:

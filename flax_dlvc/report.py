@@ -1,6 +1,8 @@
 """What a run shows: a line or a live bar per epoch, curves, TensorBoard."""
 
+import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flax_dlvc.errors import StorageError
 from flax_dlvc.stopping import Stopping
 
 
@@ -70,13 +73,11 @@ class Display:
 
 
 class TensorBoard:
-    """TensorBoard's scalars; a context manager that closes the event file."""
+    """TensorBoard's scalars, written at once and not by a thread, so that a full disk is noticed; a context manager."""
 
-    def __init__(self, workdir: Path, first_epoch: int):
-        from tensorboardX import SummaryWriter  # over a second to import
-
-        # Epochs that an interrupted run logged but did not save are logged again: let the later ones count.
-        self._writer = SummaryWriter(str(workdir / 'tensorboard'), purge_step=first_epoch)
+    def __init__(self, workdir: Path):
+        self._directory = workdir / 'tensorboard'
+        self._writer: Any = None
 
     def __enter__(self) -> 'TensorBoard':
         return self
@@ -84,15 +85,38 @@ class TensorBoard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Logs a record of the history, at its epoch."""
-        for key, value in record.items():
-            if key != 'epoch':
-                tag = key.replace('_', '/', 1) if key.startswith(('train_', 'validation_')) else key
-                self._writer.add_scalar(tag, value, record['epoch'])
-        self._writer.flush()
+        """Logs a record of the history, at its epoch.
+
+        Raises:
+            StorageError: the event file cannot be written.
+        """
+        from tensorboardX.event_file_writer import EventsWriter  # over a second to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        def write(**content: Any) -> None:
+            self._writer.write_event(Event(wall_time=time.time(), step=record['epoch'], **content))
+
+        try:
+            if self._writer is None:
+                self._directory.mkdir(exist_ok=True)
+                self._writer = EventsWriter(str(self._directory / 'events'))
+                # TensorBoard drops what an interrupted run logged of this and later epochs but did not save.
+                write(session_log=SessionLog(status=SessionLog.START))
+            for key, value in record.items():
+                if key != 'epoch':
+                    tag = key.replace('_', '/', 1) if key.startswith(('train_', 'validation_')) else key
+                    write(summary=scalar(tag, value))
+            self._writer.flush()
+        except OSError as error:
+            raise StorageError(
+                f'cannot write {self._directory}: {error.strerror}; free space and start again'
+            ) from error
 
 
 def plot_curves(
@@ -121,5 +145,8 @@ def plot_curves(
         axes.grid(alpha=0.3)
         axes.legend()
     temporary = path.with_suffix('.tmp.png')
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=150)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error

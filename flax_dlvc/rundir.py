@@ -3,16 +3,18 @@
 Each is written whole to a temporary file that then takes its name, so a reader never sees half of one.
 """
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from flax_dlvc import config as config_module
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ConfigError, StorageError
 
 
 def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
@@ -55,6 +57,23 @@ def create(workdir: Path, config: ConfigDict) -> None:
         _write(workdir / 'config.json', config_module.to_json(config))
     elif not os.access(workdir, os.W_OK):
         raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in a directory; the lock ends with its process, however that ends.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with (workdir / '.lock').open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f'another process is training in {workdir}; wait for it, or choose another --workdir'
+            ) from None
+        yield
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -115,5 +134,8 @@ def _write(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f'cannot write {path}: {error.strerror}') from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f'cannot write {path}: {error.strerror}; free space or mend the disk, and start again'
+        ) from error

@@ -73,6 +73,7 @@ class Setup:
             mean=self.dataset.mean,
             std=self.dataset.std,
             label_smoothing=self.config.label_smoothing,
+            ema_decay=self.config.ema_decay,
             seed=self.config.seed,
             devices=self.devices,
         )
@@ -87,12 +88,23 @@ class Setup:
     def create_state(self) -> steps.TrainState:
         """The initial training state, on one device."""
         return steps.create_state(
-            self.model, self.optimizer, self.dataset.image_shape, self.num_classes, self.config.seed
+            self.model,
+            self.optimizer,
+            self.dataset.image_shape,
+            self.num_classes,
+            self.config.seed,
+            self.config.ema_decay,
         )
 
     def empty_sums(self) -> Sums:
         """Sums over no examples, on every device."""
         return jax.device_put(Sums.empty(self.num_classes), self.replicated)
+
+    def with_learning_rate(self, learning_rate: float) -> 'Setup':
+        """The same with another learning rate."""
+        config = self.config.copy_and_resolve_references()
+        config.learning_rate = learning_rate
+        return dataclasses.replace(self, config=config)
 
     def place(self, split: data.Split) -> tuple[jax.Array, jax.Array]:
         """A split's images and labels, on every device."""
@@ -106,6 +118,7 @@ def set_up(config: ConfigDict) -> Setup:
         ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
     """
     steps.keep_compiled_programs(data.cache_directory() / 'compiled')
+    steps.keep_freed_memory()
     dataset = data.load(config)
     devices = steps.local_devices(config.num_devices)
     for field in ('batch_size', 'evaluation_batch_size'):

@@ -73,7 +73,7 @@ def test_a_run_leaves_what_the_interface_promises(finished_run):
     assert result['test']['num_examples'] == 300
     assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
-    assert not list(workdir.glob('.*'))
+    assert [path.name for path in workdir.glob('.*')] == ['.lock']
 
 
 def test_the_best_epoch_is_that_of_the_best_validation_accuracy(finished_run):
