@@ -1,4 +1,10 @@
-"""DOC"""
+"""The CNN with dropout 0.5 before the last layer.
+
+python -m flax_dlvc.main --config configs/cnn_dropout.py
+
+CIFAR-10, seed 0: Stops after epoch 20 of 30; best epoch 15: 0.7464 test accuracy, 0.855 nats.
+An epoch takes about 35 seconds on two CPU cores.
+"""
 
 from ml_collections import ConfigDict
 

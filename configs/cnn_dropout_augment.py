@@ -1,4 +1,10 @@
-"""DOC"""
+"""The CNN with dropout 0.5 before the last layer, random resized crops and mirroring.
+
+python -m flax_dlvc.main --config configs/cnn_dropout_augment.py
+
+CIFAR-10, seed 0: 0.556 validation accuracy after two epochs.
+An epoch takes about 35 seconds on two CPU cores.
+"""
 
 from ml_collections import ConfigDict
 

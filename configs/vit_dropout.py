@@ -1,4 +1,10 @@
-"""DOC"""
+"""The vision transformer with dropout 0.2 in every block.
+
+python -m flax_dlvc.main --config configs/vit_dropout.py
+
+CIFAR-10, seed 0: PENDING
+An epoch takes about MINUTES on two CPU cores.
+"""
 
 from ml_collections import ConfigDict
 

@@ -4,13 +4,15 @@ A checkpoint is trusted only when its structure, its values' fingerprints and it
 saved. Orbax writes each one beside its place and renames it, so a crash leaves none half-written.
 """
 
+import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import logging
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,6 +86,7 @@ class Checkpoints:
             raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
 
     def __enter__(self) -> 'Checkpoints':
+        sys.excepthook = _report_unless_loop_is_closed
         return self
 
     def __exit__(
@@ -94,6 +97,13 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise self._storage_error(failure) from failure
+        finally:
+            sys.excepthook = sys.__excepthook__
+
+    @property
+    def steps(self) -> list[int]:
+        """The training steps of all checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
 
     @property
     def latest_step(self) -> int | None:
@@ -111,7 +121,7 @@ class Checkpoints:
         """
         step = int(state.step)
         self._policy.best_step = progress.best_step
-        if step in self._manager.all_steps():
+        if step in self.steps:
             return
         fingerprints, finite = inspect(state)
         if not finite:
@@ -153,9 +163,9 @@ class Checkpoints:
         Raises:
             ConfigError: no such step, a damaged checkpoint, or one of another model.
         """
-        if step not in self._manager.all_steps():
-            steps = ', '.join(map(str, self._manager.all_steps())) or 'none'
-            raise ConfigError(f'{self.directory} has no checkpoint of step {step}; there are: {steps}')
+        if step not in self.steps:
+            there_are = ', '.join(map(str, self.steps)) or 'none'
+            raise ConfigError(f'{self.directory} has no checkpoint of step {step}; there are: {there_are}')
         try:
             return self._restore(step, like, sharding)
         except DamagedError as error:
@@ -171,7 +181,7 @@ class Checkpoints:
             ConfigError: there are checkpoints, but none is whole; nothing is changed.
         """
         damaged: list[tuple[int, DamagedError]] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps):
             try:
                 restored = self._restore(step, like, sharding)
             except DamagedError as error:
@@ -199,7 +209,7 @@ class Checkpoints:
         Raises:
             ConfigError: there is no such checkpoint.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps
         if not steps:
             raise ConfigError(f'{self.directory} holds no checkpoint')
         if which == 'latest':
@@ -222,17 +232,15 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress]:
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         content = self._read_content(step)
-        try:
+        with _orbax_errors_as_damage():
             # Orbax would cast dtypes and leave out arrays silently.
-            same_structure = _shapes(self._manager.item_metadata(step)['state']) == _shapes(target)
-        except Exception as error:  # whatever Orbax makes of a damaged file
-            raise DamagedError(f'is damaged ({error})') from error
-        if not same_structure:
+            saved = _shapes(self._manager.item_metadata(step)['state'])
+        if not saved:
+            raise DamagedError('is damaged (its description is missing)')
+        if saved != _shapes(target):
             raise DamagedError('is of another model than config.json describes')
-        try:
+        with _orbax_errors_as_damage():
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
-        except Exception as error:
-            raise DamagedError(f'is damaged ({error})') from error
         state = restored['state']
         fingerprints, finite = inspect(state)
         if [int(fingerprint) for fingerprint in jax.device_get(fingerprints)] != content['fingerprints']:
@@ -242,12 +250,10 @@ class Checkpoints:
         return state, _progress(content)
 
     def _read_content(self, step: int) -> dict[str, Any]:
-        try:
+        with _orbax_errors_as_damage():
             restored = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
             content = dict(restored['progress'])
             whole = content.pop('crc32') == _crc32(content)
-        except Exception as error:
-            raise DamagedError(f'is damaged ({error})') from error
         if not whole:
             raise DamagedError('is damaged (its progress is not what was saved)')
         return content
@@ -269,6 +275,27 @@ class Checkpoints:
             f'cannot save to {self.directory} ({error}); the checkpoints before are whole: '
             'free space or mend the disk, and start again'
         )
+
+
+def _report_unless_loop_is_closed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a stray error, except that of TensorStore reporting to an event loop that a failed read or save closed."""
+    if str(error) != 'Event loop is closed':
+        sys.__excepthook__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def _orbax_errors_as_damage() -> Iterator[None]:
+    """Whatever Orbax, TensorStore and JSON make of a damaged file is a `DamagedError` with one short line."""
+    try:
+        yield
+        return
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    # Reads that were under way are coroutines that nobody waits for; Python would complain of each when it drops it.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
+    raise DamagedError(f'is damaged ({reason})')
 
 
 @jax.jit

@@ -185,6 +185,7 @@ class Clock:
         self._step, self._time = step, time.monotonic()
 
     def __call__(self, step: int) -> bool:
+        """Whether one is due before the step after `step`; the clock starts anew when it is."""
         now = time.monotonic()
         due = 0 < self._steps <= step - self._step or 0 < self._seconds <= now - self._time
         if due:

@@ -1,12 +1,14 @@
 """Real Orbax directories: what goes in comes out, what is kept, what is refused."""
 
+import shutil
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from flax_dlvc import steps
-from flax_dlvc.checkpoint import Checkpoints, Progress
+from flax_dlvc.checkpoint import Checkpoints, Progress, inspect
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.models import create_model
 from flax_dlvc.stopping import Stopping
@@ -116,3 +118,99 @@ def test_a_directory_without_checkpoints_is_refused(tmp_path):
     (tmp_path / 'checkpoints').mkdir()
     with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(ConfigError, match='holds no checkpoint'):
         checkpoints.find('best')
+
+
+@pytest.fixture(scope='module')
+def two_checkpoints(tmp_path_factory):
+    """A directory with the checkpoints of steps 10, the best, and 20."""
+    workdir = tmp_path_factory.mktemp('two')
+    with Checkpoints(workdir, keep_latest=2) as checkpoints:
+        for epoch in (1, 2):
+            state = make_state(10 * epoch, seed=epoch)
+            checkpoints.save(state, make_progress(epoch, 1))
+    return workdir
+
+
+def restore_latest(workdir):
+    with Checkpoints(workdir, keep_latest=2) as checkpoints:
+        return checkpoints.restore_latest(jax.eval_shape(make_state), steps.replicated(jax.devices()[:1]))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    'truncated': lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    'zeroed': lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    'bit flipped': flip_a_bit,
+    'emptied': lambda path: path.write_bytes(b''),
+    'removed': lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_whatever_happens_to_a_file_is_detected_or_harmless(two_checkpoints, tmp_path, capsys, damage):
+    """Each file of the newest checkpoint in turn: it, or the one before, comes back whole."""
+    expected = {step: restore(two_checkpoints, step) for step in (10, 20)}
+    newest = two_checkpoints / 'checkpoints' / '20'
+    files = [path.relative_to(newest) for path in sorted(newest.rglob('*')) if path.is_file()]
+    assert len(files) >= 8
+    fallbacks = 0
+    for number, file in enumerate(files):
+        workdir = shutil.copytree(two_checkpoints, tmp_path / str(number))
+        DAMAGES[damage](workdir / 'checkpoints' / '20' / file)
+        state, progress = restore_latest(workdir)
+        step = int(state.step)
+        jax.tree.map(np.testing.assert_array_equal, state, expected[step][0])
+        assert progress == expected[step][1]
+        warning = capsys.readouterr().err
+        if step == 10:
+            fallbacks += 1
+            assert 'warning: the checkpoint of step 20 is damaged' in warning
+            assert (workdir / 'damaged' / '20').is_dir()
+            assert not (workdir / 'checkpoints' / '20').exists()
+        else:
+            assert warning == ''
+    assert fallbacks >= 2  # at least the arrays and the progress are not harmless
+
+
+def test_an_emptied_checkpoint_is_set_aside(two_checkpoints, tmp_path):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / 'run')
+    shutil.rmtree(workdir / 'checkpoints' / '20')
+    (workdir / 'checkpoints' / '20').mkdir()
+    state, _ = restore_latest(workdir)
+    assert int(state.step) == 10
+
+
+def test_where_none_is_whole_nothing_is_changed(two_checkpoints, tmp_path):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / 'run')
+    for path in (workdir / 'checkpoints').rglob('*'):
+        if path.is_file():
+            path.write_bytes(b'')
+    with pytest.raises(ConfigError, match='holds no whole checkpoint'):
+        restore_latest(workdir)
+    assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '20']
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    state = make_state(10)
+    params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(np.nan), state.params)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(FloatingPointError):
+        checkpoints.save(state.replace(params=params), make_progress(1, 1))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == []
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32'])
+def test_the_fingerprint_changes_with_any_word(dtype):
+    leaf = jax.numpy.arange(64).astype(dtype)
+    (before,), finite = inspect([leaf, jax.numpy.ones(1)])[0][:1], inspect([leaf, jax.numpy.ones(1)])[1]
+    assert finite
+    for index in range(64):
+        (after,) = inspect([leaf.at[index].add(1), jax.numpy.ones(1)])[0][:1]
+        assert after != before
+    (swapped,) = inspect([leaf[::-1], jax.numpy.ones(1)])[0][:1]
+    assert swapped != before

@@ -24,8 +24,9 @@ def without_speed(history):
 @pytest.fixture(scope='module')
 def finished_run(tmp_path_factory, request):
     """A run of three epochs, with its config, its directory and its result."""
-    from configs import cnn_dropout
     from conftest import SMALL_RUN
+
+    from configs import cnn_dropout
 
     config = cnn_dropout.get_config()
     config.update_from_flattened_dict(SMALL_RUN)
@@ -226,9 +227,7 @@ def restore_latest(workdir):
 
 
 @pytest.mark.parametrize('stop_at_call', [3, 7])
-def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(
-    small_config, tmp_path, monkeypatch, stop_at_call
-):
+def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config, tmp_path, monkeypatch, stop_at_call):
     """Dropout and augmentation on; the batch statistics of a ResNet would only make it slower."""
     import os
     import signal
@@ -272,3 +271,47 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_saves_within_an_epoch(small_config, tmp_path):
+    small_config.num_epochs = 1
+    small_config.keep_checkpoints = 10
+    small_config.checkpoint_every_steps = 3
+    loop.run(small_config, tmp_path)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == [3, 4]
+
+
+def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, tmp_path, capsys):
+    """With plain SGD at 40 the loss explodes; halved often enough it does not."""
+    small_config.optimizer.name = 'sgd'
+    small_config.learning_rate = 40.0
+    small_config.on_divergence = 'rewind'
+    small_config.max_rewinds = 20
+    small_config.num_epochs = 1
+    result = loop.run(small_config, tmp_path / 'many')
+    assert 1 <= result['rewinds'] <= 20
+    (record,) = read_history(tmp_path / 'many')
+    assert record['learning_rate'] == pytest.approx(40 / 2 ** result['rewinds'])
+    assert capsys.readouterr().out.count('rewind ') == result['rewinds']
+
+    small_config.learning_rate = 1e12
+    small_config.max_rewinds = 1
+    with pytest.raises(DivergedError, match='learning rate 5e'):
+        loop.run(small_config, tmp_path / 'one')
+
+
+def test_the_average_of_the_parameters_is_what_is_validated(small_config, tmp_path):
+    """With a decay of nearly 1 the average stays at the initial parameters, whatever is trained."""
+    small_config.num_epochs = 2
+    small_config.ema_decay = 0.9999999
+    loop.run(small_config, tmp_path / 'still')
+    first, second = read_history(tmp_path / 'still')
+    assert second['validation_loss'] == pytest.approx(first['validation_loss'], rel=1e-4)
+    assert second['train_loss'] < first['train_loss']
+
+    small_config.ema_decay = 0.5
+    loop.run(small_config, tmp_path / 'moving')
+    state = restore_latest(tmp_path / 'moving')
+    assert state.variables['params'] is state.ema_params
+    assert read_history(tmp_path / 'moving')[1]['validation_loss'] < second['validation_loss']

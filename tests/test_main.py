@@ -1,13 +1,13 @@
 """The command line, in real processes: what users type, how it ends, what it leaves behind."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-
 from conftest import ROOT
 
 CONFIG = ROOT / 'configs' / 'cnn_dropout_augment.py'
@@ -28,9 +28,7 @@ def checkpoint_bytes(workdir):
 
     setup = set_up(rundir.read_config(workdir))
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(
-            checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated
-        )
+        state, _ = checkpoints.restore(checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated)
     return {jax.tree_util.keystr(path): bytes(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -138,9 +136,7 @@ def test_a_config_file_with_an_error_is_one_line(tmp_path, command, name):
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, command, small_run_flags, flags, telling):
     workdir = tmp_path / 'run'
-    done = command(
-        'main', '--config', CONFIG, '--workdir', workdir, *small_run_flags, *flags, JAX_NUM_CPU_DEVICES='2'
-    )
+    done = command('main', '--config', CONFIG, '--workdir', workdir, *small_run_flags, *flags, JAX_NUM_CPU_DEVICES='2')
     assert_refused(done, workdir)
     assert telling in done.stderr
 
@@ -208,8 +204,6 @@ def test_evaluate_prints_and_writes(whole_run, command):
     ],
 )
 def test_evaluating_a_damaged_directory_is_one_line(whole_run, tmp_path, command, damage):
-    import shutil
-
     workdir = shutil.copytree(whole_run[0], tmp_path / 'run')
     (workdir / 'evaluation-test.json').unlink(missing_ok=True)
     damage(workdir)
@@ -229,3 +223,71 @@ def assert_refused(done, workdir=None):
     assert done.stderr.count('\n') == 1, done.stderr
     assert 'Traceback' not in done.stderr
     assert workdir is None or not workdir.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint of the CNN; `grow()` makes room for all."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mounted = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', disk], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip('a small disk needs the right to mount a tmpfs')
+    yield disk, lambda: subprocess.run(['mount', '-o', 'remount,size=200m', disk], check=True)
+    subprocess.run(['umount', disk], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_4_and_it_goes_on_when_there_is_space(
+    whole_run, small_disk, command, small_run_flags
+):
+    disk, grow = small_disk
+    arguments = ('main', '--config', CONFIG, '--workdir', disk / 'run', *small_run_flags)
+    done = command(*arguments)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stderr.startswith('error: cannot save to ')
+    assert 'free space' in done.stderr
+    assert done.stderr.count('\n') == 1, done.stderr
+    assert (disk / 'run' / 'checkpoints' / '4').is_dir()
+
+    grow()
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert 'going on after step 4' in done.stdout
+    whole, _ = whole_run
+    assert read_history(disk / 'run') == read_history(whole)
+    assert (disk / 'run' / 'result.json').read_text() == (whole / 'result.json').read_text()
+
+
+def test_a_second_process_on_a_run_directory_is_refused(tmp_path, start, command, small_run_flags):
+    arguments = ('main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags)
+    first = start(*arguments, '--config.num_epochs=200')
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / 'run' / '.lock').exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        done = command(*arguments, '--config.num_epochs=200')
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    assert_refused(done)
+    assert 'another process is training in' in done.stderr
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_as_ever(
+    whole_run, tmp_path, command, small_run_flags
+):
+    workdir = shutil.copytree(whole_run[0], tmp_path / 'run')
+    (workdir / 'result.json').unlink()
+    for path in (workdir / 'checkpoints' / '12' / 'state').rglob('*'):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-20])
+    done = command('main', '--config', CONFIG, '--workdir', workdir, *small_run_flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith('warning: the checkpoint of step 12 is damaged')
+    assert done.stderr.count('\n') == 1, done.stderr
+    assert (workdir / 'damaged' / '12').is_dir()
+    assert (workdir / 'result.json').read_text() == (whole_run[0] / 'result.json').read_text()

@@ -1,0 +1,85 @@
+"""Checks a run directory: `python -m flax_dlvc.verify --workdir DIR`.
+
+Every checkpoint can be restored and is what was saved; metrics.jsonl is the history in the newest one; result.json is
+what the best one gives on the test split. A line for each; exit code 1 where one is wrong.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from flax_dlvc import rundir
+from flax_dlvc.checkpoint import Checkpoints, Progress
+from flax_dlvc.errors import ArgumentParser, CommandError, run_command
+from flax_dlvc.evaluate import evaluate
+from flax_dlvc.setup import set_up
+
+# What was checked, and what is wrong with it: None where it is as it should be.
+Finding = tuple[str, str | None]
+
+
+def verify(workdir: Path) -> Iterator[Finding]:
+    """Checks a run directory, one finding at a time.
+
+    Raises:
+        ConfigError: it is not a run directory, or its dataset cannot be had.
+    """
+    setup = set_up(rundir.read_config(workdir))
+    yield 'config.json', None
+    result = rundir.read_result(workdir)
+    progress: Progress | None = None
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        if not checkpoints.steps:
+            yield 'checkpoints', 'there are none'
+        for step in checkpoints.steps:
+            try:
+                state, progress = checkpoints.restore(step, jax.eval_shape(setup.create_state), setup.replicated)
+                yield f'checkpoint of step {step}', None
+            except CommandError as error:
+                yield f'checkpoint of step {step}', str(error)
+                continue
+            if result and step == _best_step(progress, result['best_epoch']):
+                test = evaluate(setup, state.variables, setup.place(setup.dataset.test))
+                same = all(test[key] == value for key, value in result['test'].items())
+                yield 'result.json', None if same else f'the checkpoint of step {step} gives {test}'
+                result = None
+    if result:
+        yield 'result.json', f'no whole checkpoint of its best epoch {result["best_epoch"]} is left'
+    if progress is not None:
+        yield 'metrics.jsonl', _compare_history(workdir, progress)
+
+
+def _best_step(progress: Progress, best_epoch: int) -> int | None:
+    return next((record['step'] for record in progress.history if record['epoch'] == best_epoch), None)
+
+
+def _compare_history(workdir: Path, progress: Progress) -> str | None:
+    try:
+        lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+        history = tuple(json.loads(line) for line in lines)
+    except FileNotFoundError:
+        history = ()
+    except (OSError, ValueError) as error:
+        return f'cannot be read: {error}'
+    if history != progress.history:
+        return 'it is not the history that the newest checkpoint holds; starting the run again writes it anew'
+    return None
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line and prints the findings."""
+    parser = ArgumentParser('python -m flax_dlvc.verify', description='Checks a run directory.')
+    parser.add_argument('--workdir', type=Path, required=True, help='the run directory')
+    workdir = parser.parse_args(argv[1:]).workdir
+    wrong = 0
+    for what, problem in verify(workdir):
+        print(f'{what}: {problem or "ok"}')
+        wrong += problem is not None
+    if wrong:
+        raise CommandError(f'{wrong} of the things in {workdir} are wrong')
+
+
+if __name__ == '__main__':
+    run_command(main)
