@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Display) -> dict[str, Any]:
-    """Trains; where the config says so, a run that diverges goes back to its newest checkpoint, half as fast."""
+    """Trains; where the config says so, a run that diverges goes on from its newest checkpoint at half the rate."""
     config = setup.config
     rewinds = 0
     while True:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_dlvc.config import parse_command_line
+from configs import default
+from flax_dlvc.config import flatten, parse_command_line
 from flax_dlvc.errors import run_command
 
 
@@ -17,6 +18,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
     """Parses the command line and runs."""
+    if {'-h', '--help'} & set(argv):
+        print(f'{__doc__}\n\nFields and their defaults; configs/default.py says what each is:\n')
+        for field, value in flatten(default.get_config()).items():
+            print(f'  --config.{field}={value}')
+        return
     flag_values = parse_command_line(argv, define_flags)
     config = flag_values.config
     workdir = Path(flag_values.workdir or f'runs/{config.name}')

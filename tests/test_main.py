@@ -150,6 +150,13 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, command, small
     assert 'not a directory' in done.stderr
 
 
+@pytest.mark.parametrize('module', ['main', 'evaluate', 'verify', 'data'])
+def test_help_is_given(command, module):
+    done = command(module, '--help')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert ('--config.batch_size=128' if module == 'main' else '--help') in done.stdout
+
+
 def test_a_missing_config_is_one_line(tmp_path, command):
     done = command('main', '--workdir', tmp_path / 'run')
     assert_refused(done, tmp_path / 'run')
