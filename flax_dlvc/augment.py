@@ -77,8 +77,8 @@ def sample_crop(
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
 
     fallback_aspect = min(max(width / height, ratio[0]), ratio[1])
-    fallback_height = min(height, round(width / fallback_aspect))
-    fallback_width = min(width, round(height * fallback_aspect))
+    fallback_height = max(1, min(height, round(width / fallback_aspect)))
+    fallback_width = max(1, min(width, round(height * fallback_aspect)))
 
     found, first = fits.any(), fits.argmax()
     crop_height = jnp.where(found, heights[first], fallback_height)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,29 +29,44 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
         ConfigError: an unknown flag or field, a value of the wrong type, or a config file that cannot be loaded.
     """
     flag_values = flags.FlagValues()
-    config_flags.DEFINE_config_file('config', help_string='Path of a config file.', flag_values=flag_values)
+    config_flags.DEFINE_config_file(
+        'config', help_string='Path of a config file.', flag_values=flag_values, sys_argv=list(argv)
+    )
     define_flags(flag_values)
+    _check_overrides(argv)
     try:
         surplus = flag_values(list(argv))[1:]
         config = flag_values.config
-        if config is None:
-            raise ConfigError('no config: say --config configs/NAME.py')
-        config.name = config.name or Path(config_flags.get_config_filename(flag_values['config'])).stem
-    except ConfigError:
-        raise
+        is_config = hasattr(config, 'to_dict')  # raises what kept the file from being read
     except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything
         raise ConfigError(_one_line(error)) from error
+    if not flag_values['config'].present:
+        raise ConfigError('no config: say --config configs/NAME.py')
+    path = Path(config_flags.get_config_filename(flag_values['config']))
+    if not is_config:
+        raise ConfigError(f'{path}: get_config() must return a ConfigDict, not {type(config).__name__}')
+    if config.get('name') == '':
+        config.name = path.stem
     if surplus:
         raise ConfigError(f'{surplus[0]!r} is not a flag; fields are set as --config.FIELD=VALUE')
     validate(config)
     return flag_values
 
 
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Names the field that there is not; the flags' own message leaves its group out."""
+    fields = flatten(default.get_config())
+    for argument in argv[1:]:
+        override = re.match(r'--?(?:no)?config\.([^=\[]+)', argument)
+        if override and not any(f'{field}.'.startswith(f'{override[1]}.') for field in fields):
+            raise ConfigError(f'unknown field {override[1]!r}; configs/default.py lists the fields')
+
+
 def _one_line(error: BaseException) -> str:
     """The last, most telling line of an exception's message, with its type where the message alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, flags.Error | OSError) and lines:
-        return lines[0]
+        return ' '.join(dict.fromkeys((lines[0], lines[-1])))
     if not lines:
         return type(error).__name__
     return lines[-1] if len(lines) > 1 else f'{type(error).__name__}: {lines[-1].strip(chr(34))}'

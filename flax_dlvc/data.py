@@ -144,7 +144,8 @@ def _parse_slice(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]
     for instruction in instructions:
         start, stop, _ = slice(instruction.from_, instruction.to).indices(sizes[instruction.splitname])
         if stop <= start:
-            raise ConfigError(f'splits: {spec!r} holds no examples; {instruction.splitname} has {sizes}')
+            size = sizes[instruction.splitname]
+            raise ConfigError(f'splits: {spec!r} holds no examples; {instruction.splitname} has {size:,}')
         ranges.append((instruction.splitname, start, stop))
     return ranges
 
@@ -185,7 +186,7 @@ class _Digits:
     """scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 grey levels), enlarged to 32x32x3.
 
     300 examples are the test split. Both it and every leading share of the training examples that is a multiple of
-    20 % are stratified: the same classes in the same proportions, within one example.
+    20 % are stratified: the same classes in the same proportions, within two examples.
     """
 
     class_names = tuple(str(digit) for digit in range(10))
@@ -217,6 +218,7 @@ class _Tfds:
 
         logging.getLogger('absl').setLevel(logging.ERROR)  # TFDS recommends OpenCV at every decode
         import tensorflow_datasets as tfds
+        from google.protobuf.json_format import ParseError
 
         try:
             self._builder = tfds.builder(name)
@@ -225,7 +227,9 @@ class _Tfds:
 
                 archive.prepare(name, Path(tfds.core.constants.DATA_DIR), None)
                 self._builder = tfds.builder(name)
-        except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
+        except (OSError, ParseError, tfds.core.dataset_info.DatasetInfoFileError) as error:
+            raise ConfigError(f'{name} is damaged in {tfds.core.constants.DATA_DIR}: {error}') from error
+        except (tfds.core.DatasetNotFoundError, AssertionError, ValueError, ImportError) as error:
             raise ConfigError(f"dataset {name!r} is neither 'digits' nor a TFDS dataset") from error
         self._name = name
         info = self._builder.info
@@ -247,6 +251,8 @@ class _Tfds:
 
     def _read_cached(self, split: str) -> Split:
         """Maps the decoded arrays; decodes them first where they are missing, stale or damaged."""
+        from PIL import UnidentifiedImageError
+
         source = Path(self._builder.data_path)
         fingerprint = _fingerprint(source, split)
         digest = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
@@ -258,6 +264,8 @@ class _Tfds:
                 if cached is None:
                     self._decode(split, directory, fingerprint)
                     cached = _map_arrays(directory, fingerprint)
+        except (RuntimeError, UnidentifiedImageError) as error:  # of array_record and Pillow
+            raise ConfigError(f'{self._name}: {split!r} in {source} is damaged ({error}); prepare it again') from error
         except OSError as error:
             raise ConfigError(
                 f'cannot keep decoded images in {directory}: {error.strerror}; set FLAX_DLVC_CACHE_DIR'
@@ -310,7 +318,7 @@ class _Tfds:
                 raise ConfigError(f'{self._name}: {split!r} has labels outside its {len(self.class_names)} classes')
             images.flush()
             np.save(building / 'labels.npy', labels)
-            manifest = _manifest(fingerprint, images, labels)
+            manifest = _manifest(fingerprint, building)
             (building / 'manifest.json').write_text(json.dumps(manifest))
             if directory.exists():
                 shutil.rmtree(directory)
@@ -334,19 +342,24 @@ def _fingerprint(source: Path, split: str) -> str:
     return digest.hexdigest()
 
 
+_ARRAYS = ('images.npy', 'labels.npy')
+
+
 def _map_arrays(directory: Path, fingerprint: str) -> Split | None:
     """The decoded arrays, or None where they are missing, from other files than these, or damaged."""
     try:
         manifest = json.loads((directory / 'manifest.json').read_text())
-        images = np.load(directory / 'images.npy', mmap_mode='r')
-        labels = np.load(directory / 'labels.npy', mmap_mode='r')
-    except (OSError, ValueError, EOFError):
+        if manifest != _manifest(fingerprint, directory):
+            return None
+        return Split(*(np.load(directory / name, mmap_mode='r') for name in _ARRAYS))
+    except (OSError, ValueError):
         return None
-    return Split(images, labels) if manifest == _manifest(fingerprint, images, labels) else None
 
 
-def _manifest(fingerprint: str, *arrays: np.ndarray) -> dict[str, Any]:
-    return {'source': fingerprint, 'crc32': [zlib.crc32(array.data) for array in arrays]}
+def _manifest(fingerprint: str, directory: Path) -> dict[str, Any]:
+    """What a directory of decoded arrays has to be: of this source, and the bytes of its files, headers included."""
+    files = (np.memmap(directory / name, mode='r') for name in _ARRAYS)
+    return {'source': fingerprint, 'crc32': [zlib.crc32(file.data) for file in files]}
 
 
 @contextmanager

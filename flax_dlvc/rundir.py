@@ -26,8 +26,11 @@ def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     Raises:
         ConfigError: the directory holds a run of another config, or something that is not a run.
     """
-    if not workdir.exists():
-        return None
+    try:
+        if not workdir.exists():
+            return None
+    except OSError as error:  # a name that is too long, a directory above that is closed to us
+        raise ConfigError(f'cannot read {workdir}: {error.strerror}; choose another --workdir') from error
     if not workdir.is_dir():
         raise ConfigError(f'{workdir} is not a directory; choose another --workdir')
     if not (workdir / 'config.json').exists():

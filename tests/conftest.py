@@ -1,6 +1,8 @@
 """Shared fixtures: a cache of its own for the session, two CPU devices, small runs, real processes."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,7 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 
 # Before JAX is imported anywhere; child processes get the cache, but devices only as they ask for them.
-os.environ.setdefault('FLAX_DLVC_CACHE_DIR', tempfile.mkdtemp(prefix='flax_dlvc_tests_'))
+if 'FLAX_DLVC_CACHE_DIR' not in os.environ:
+    os.environ['FLAX_DLVC_CACHE_DIR'] = tempfile.mkdtemp(prefix='flax_dlvc_tests_')
+    atexit.register(shutil.rmtree, os.environ['FLAX_DLVC_CACHE_DIR'], ignore_errors=True)
 
 import jax
 

@@ -1,0 +1,212 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import default
+from flax_dlvc.augment import make_augmentation, random_mirror, random_resized_crop, resize_weights, sample_crop
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+KEYS = 8192
+
+
+def sample_crops(height, width, scale, ratio, seed=0):
+    """Top, left, height and width of many crops, (KEYS, 4)."""
+    keys = jax.random.split(jax.random.key(seed), KEYS)
+    sample = jax.jit(jax.vmap(partial(sample_crop, height=height, width=width, scale=scale, ratio=ratio)))
+    return np.stack(sample(keys), axis=1)
+
+
+def get_params(generator, height, width, scale, ratio):
+    """torchvision's `RandomResizedCrop.get_params`, statement by statement."""
+    area = height * width
+    log_ratio = np.log(ratio)
+    for _ in range(10):
+        target_area = area * generator.uniform(scale[0], scale[1])
+        aspect_ratio = np.exp(generator.uniform(log_ratio[0], log_ratio[1]))
+        w = round(np.sqrt(target_area * aspect_ratio))
+        h = round(np.sqrt(target_area / aspect_ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return generator.integers(0, height - h + 1), generator.integers(0, width - w + 1), h, w
+    in_ratio = width / height
+    if in_ratio < min(ratio):
+        w = width
+        h = round(w / min(ratio))
+    elif in_ratio > max(ratio):
+        h = height
+        w = round(h * max(ratio))
+    else:
+        w = width
+        h = height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def assert_same_distribution(left, right):
+    """Two samples' cumulative shares, at every value, within five standard deviations (Kolmogorov-Smirnov)."""
+    values = np.unique(np.concatenate([left, right]))
+    shares = [np.searchsorted(np.sort(sample), values, side='right') / len(sample) for sample in (left, right)]
+    assert np.abs(shares[0] - shares[1]).max() < 2.5 * np.sqrt(2 / KEYS)
+
+
+@pytest.mark.parametrize(
+    ('height', 'width', 'scale', 'ratio'),
+    [
+        (32, 32, SCALE, RATIO),
+        (32, 32, (0.9, 1.0), (0.4, 2.5)),  # most tries do not fit
+        (40, 24, (0.6, 1.0), RATIO),
+    ],
+)
+def test_crops_are_torchvisions(height, width, scale, ratio):
+    generator = np.random.default_rng(0)
+    expected = np.array([get_params(generator, height, width, scale, ratio) for _ in range(KEYS)])
+    crops = sample_crops(height, width, scale, ratio)
+    for column in range(4):
+        assert_same_distribution(crops[:, column], expected[:, column])
+    assert_same_distribution(crops[:, 2] * crops[:, 3], expected[:, 2] * expected[:, 3])
+    assert_same_distribution(crops[:, 3] / crops[:, 2], expected[:, 3] / expected[:, 2])
+    top, left, crop_height, crop_width = crops.T
+    assert (top >= 0).all() and (top + crop_height <= height).all() and (crop_height > 0).all()
+    assert (left >= 0).all() and (left + crop_width <= width).all() and (crop_width > 0).all()
+
+
+def test_area_ratio_and_place_are_uniform():
+    """Where every try fits and rounding is fine: on a large image."""
+    size = 1000
+    top, left, crop_height, crop_width = sample_crops(size, size, (0.1, 0.5), (0.5, 2.0)).T
+    uniform = (np.arange(KEYS) + 0.5) / KEYS
+    for values in (
+        (crop_height * crop_width / size**2 - 0.1) / 0.4,
+        np.log2(crop_width / crop_height) / 2 + 0.5,
+        (top + 0.5) / (size - crop_height + 1),
+        (left + 0.5) / (size - crop_width + 1),
+    ):
+        assert np.abs(np.sort(values) - uniform).max() < 2 / np.sqrt(KEYS)
+    independent = np.corrcoef([crop_height * crop_width, crop_width / crop_height, top / (size - crop_height), left])
+    assert abs(independent[0, 1]) < 0.05 and abs(independent[2, 3]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ('height', 'width', 'scale', 'ratio', 'expected'),
+    [
+        (32, 32, (1.0, 1.0), (2.0, 3.0), (8, 0, 16, 32)),  # too wide for any try: full width, lowest ratio
+        (32, 32, (1.0, 1.0), (0.25, 0.5), (0, 8, 32, 16)),
+        (10, 40, (1.0, 1.0), RATIO, (0, 13, 10, 13)),
+        (40, 10, (1.0, 1.0), RATIO, (13, 0, 13, 10)),
+        (32, 32, (1.0, 1.0), (1.0, 1.0), (0, 0, 32, 32)),
+    ],
+)
+def test_the_largest_centred_crop_where_none_fits(height, width, scale, ratio, expected):
+    assert get_params(np.random.default_rng(0), height, width, scale, ratio) == expected
+    for seed in range(3):
+        assert sample_crop(jax.random.key(seed), height, width, scale=scale, ratio=ratio) == expected
+
+
+@pytest.mark.parametrize('ratio', [(100.0, 100.0), (0.01, 0.01)])
+def test_a_crop_has_at_least_a_pixel(ratio):
+    *_, height, width = sample_crop(jax.random.key(0), 32, 32, scale=(1.0, 1.0), ratio=ratio)
+    assert height >= 1 and width >= 1
+
+
+def pillow_resize(channel, top, left, crop_height, crop_width, out_height, out_width):
+    """Crop, then antialiased bilinear resize, of a float channel (H, W)."""
+    image = Image.fromarray(channel).crop((left, top, left + crop_width, top + crop_height))
+    return np.asarray(image.resize((out_width, out_height), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize(('height', 'width'), [(32, 32), (24, 40)])
+def test_resized_crops_are_pillows(height, width):
+    generator = np.random.default_rng(0)
+    image = generator.uniform(0, 255, (height, width, 3)).astype(np.float32)
+
+    @jax.jit
+    @jax.vmap
+    def sample_and_crop(key):
+        crop = sample_crop(key, height, width, scale=SCALE, ratio=RATIO)
+        return crop, random_resized_crop(key, jnp.asarray(image), scale=SCALE, ratio=RATIO)
+
+    crops, images = jax.device_get(sample_and_crop(jax.random.split(jax.random.key(1), 100)))
+    for top, left, crop_height, crop_width, actual in zip(*crops, images, strict=True):
+        expected = np.stack(
+            [
+                pillow_resize(np.ascontiguousarray(image[..., c]), top, left, crop_height, crop_width, height, width)
+                for c in range(3)
+            ],
+            axis=-1,
+        )
+        np.testing.assert_allclose(actual, expected, atol=1e-3)
+    assert len(set(zip(crops[2].tolist(), crops[3].tolist(), strict=True))) > 50
+
+
+@pytest.mark.parametrize(
+    ('start', 'length', 'in_size', 'out_size'),
+    [(0, 32, 32, 8), (3, 29, 32, 8), (5, 20, 32, 13), (10, 11, 32, 10), (0, 32, 32, 31), (4, 3, 32, 1), (31, 1, 32, 5)],
+)
+def test_resize_weights_reduce_with_antialiasing(start, length, in_size, out_size):
+    line = np.random.default_rng(0).uniform(0, 255, in_size).astype(np.float32)
+    weights = resize_weights(start, length, in_size, out_size)
+    expected = pillow_resize(line[None].repeat(2, axis=0), 0, start, 2, length, 2, out_size)[0]
+    assert weights.shape == (out_size, in_size)
+    np.testing.assert_allclose(weights @ line, expected, atol=1e-3)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+
+
+def test_a_crop_of_the_whole_image_changes_nothing():
+    np.testing.assert_array_equal(resize_weights(0, 32, 32, 32), np.eye(32))
+    image = np.random.default_rng(0).uniform(size=(32, 32, 3)).astype(np.float32)
+    same = random_resized_crop(jax.random.key(0), image, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    np.testing.assert_allclose(same, image, atol=1e-7)
+
+
+def test_mirror_is_exact_and_half_the_time():
+    image = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), KEYS)
+    images = np.asarray(jax.vmap(random_mirror, (0, None))(keys, jnp.asarray(image)))
+    mirrored = (images == image[:, ::-1]).all((1, 2, 3))
+    same = (images == image).all((1, 2, 3))
+    assert (mirrored ^ same).all()
+    assert abs(mirrored.mean() - 0.5) < 2.5 / np.sqrt(KEYS)
+
+
+def make_config(crop, mirror):
+    config = default.get_config().augment
+    config.random_resized_crop, config.random_mirror = crop, mirror
+    return config
+
+
+def test_no_augmentation():
+    assert make_augmentation(make_config(False, False)) is None
+
+
+@pytest.mark.parametrize(('crop', 'mirror'), [(True, False), (False, True), (True, True)])
+def test_augmentation_is_a_function_of_its_key(crop, mirror):
+    augmentation = jax.jit(jax.vmap(make_augmentation(make_config(crop, mirror)), (0, None)))
+    image = jnp.asarray(np.random.default_rng(0).uniform(size=(8, 8, 3)), jnp.float32)
+    images = np.asarray(augmentation(jax.random.split(jax.random.key(0), 20), image))
+    backwards = np.asarray(augmentation(jax.random.split(jax.random.key(0), 20)[::-1], image))
+    np.testing.assert_array_equal(images, backwards[::-1])
+    assert images.shape == (20, 8, 8, 3) and images.dtype == np.float32
+    distinct = {each.tobytes() for each in images}
+    assert len(distinct) == 2 if not crop else len(distinct) > 15
+
+
+def test_augmentation_crops_as_configured_then_mirrors():
+    config = make_config(True, True)
+    config.random_resized_crop_scale, config.random_resized_crop_ratio = (0.25, 0.25), (1.0, 1.0)
+    augmentation = jax.jit(jax.vmap(make_augmentation(config), (0, None)))
+    image = np.random.default_rng(0).uniform(size=(8, 8, 1)).astype(np.float32)
+    images = np.asarray(augmentation(jax.random.split(jax.random.key(0), 200), image))
+    possible = [  # every place of a 4x4 crop, and each mirrored
+        pillow_resize(image[..., 0], top, left, 4, 4, 8, 8)[:, ::step]
+        for top in range(5)
+        for left in range(5)
+        for step in (1, -1)
+    ]
+    seen = set()
+    for actual in images:
+        errors = [np.abs(actual[..., 0] - each).max() for each in possible]
+        assert min(errors) < 1e-5
+        seen.add(int(np.argmin(errors)))
+    assert len(seen) > 40  # of 50

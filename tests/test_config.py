@@ -1,0 +1,391 @@
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import configs
+from configs import default
+from flax_dlvc.config import differing_fields, flatten, from_json, parse_command_line, to_json, validate
+from flax_dlvc.errors import ConfigError
+
+CONFIG_FILES = sorted(
+    path for path in Path(configs.__file__).parent.glob('*.py') if path.stem not in ('__init__', 'default')
+)
+EXECUTION_FIELDS = [
+    'checkpoint_every_minutes',
+    'checkpoint_every_steps',
+    'evaluation_batch_size',
+    'keep_checkpoints',
+    'num_devices',
+    'steps_per_call',
+]
+QUICKSTART = str(Path(configs.__file__).parent / 'quickstart.py')
+
+
+def define_no_flags(_):
+    pass
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses a command line as a process that was started with it."""
+
+    def parse_process(*arguments):
+        argv = ['main', *map(str, arguments)]
+        monkeypatch.setattr(sys, 'argv', argv)
+        return parse_command_line(argv, define_no_flags).config
+
+    return parse_process
+
+
+def refused(match, call, *arguments):
+    with pytest.raises(ConfigError, match=match) as caught:
+        call(*arguments)
+    assert '\n' not in str(caught.value)
+    assert 'Traceback' not in str(caught.value)
+
+
+def with_field(field, value):
+    """The default config with one field replaced, whatever the value's type."""
+    values = default.get_config().to_dict()
+    group = values
+    *parents, last = field.split('.')
+    for parent in parents:
+        group = group[parent]
+    group[last] = value
+    return ConfigDict(values)
+
+
+def test_default_is_valid():
+    validate(default.get_config())
+
+
+def test_json_round_trip():
+    config = default.get_config()
+    config.augment.random_resized_crop_scale = (0.25, 0.1 + 0.2)
+    config.seed = 2**32 - 1
+    config.learning_rate = 1 / 3
+    again = from_json(to_json(config))
+    assert flatten(again) == flatten(config)
+    assert {field: type(value) for field, value in flatten(again).items()} == {
+        field: type(value) for field, value in flatten(config).items()
+    }
+    assert again.augment.random_resized_crop_scale == (0.25, 0.1 + 0.2)
+    assert to_json(again) == to_json(config)
+    json.loads(to_json(config))
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['', '{', 'null', '3', '[]', '"seed"', '{"seed": 1', '[' * 100_000, '{"a":' * 600 + '1' + '}' * 600, '\x00', '{}'],
+)
+def test_json_of_something_else(text):
+    refused('config|missing', from_json, text)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('seed', True),
+        ('seed', 1.0),
+        ('seed', '1'),
+        ('seed', None),
+        ('num_epochs', True),
+        ('learning_rate', '0.001'),
+        ('learning_rate', True),
+        ('learning_rate', None),
+        ('dataset', 3),
+        ('augment.random_mirror', 1),
+        ('augment.random_mirror', 'yes'),
+        ('augment.random_resized_crop_scale', 0.5),
+        ('augment.random_resized_crop_scale', [0.08, 1.0]),
+        ('augment.random_resized_crop_scale', (True, 1.0)),
+        ('augment.random_resized_crop_scale', ('0.08', '1')),
+        ('splits.train', ('train',)),
+    ],
+)
+def test_wrong_type(field, value):
+    refused(f'^{re.escape(field)} must be of type ', validate, with_field(field, value))
+
+
+def test_a_list_in_json_is_a_tuple():
+    text = to_json(default.get_config()).replace('"seed": 0', '"seed": [0, 1]')
+    refused(r'^seed must be of type int, not \(0, 1\)', from_json, text)
+
+
+@pytest.mark.parametrize('value', [1, 0.5])
+def test_a_number_without_a_point_is_a_float(value):
+    validate(with_field('learning_rate', value))
+
+
+@pytest.mark.parametrize('field', ['foo', 'model.foo', 'seed.foo'])
+def test_unknown_field(field):
+    config = with_field('seed', {'foo': 1}) if field == 'seed.foo' else with_field(field, 1)
+    refused(f"^unknown field '{field}'", validate, config)
+    refused(f"^unknown field '{field}'", from_json, json.dumps(config.to_dict()))
+
+
+@pytest.mark.parametrize('field', sorted(flatten(default.get_config())))
+def test_missing_field(field):
+    values = default.get_config().to_dict()
+    group = values
+    *parents, last = field.split('.')
+    for parent in parents:
+        group = group[parent]
+    del group[last]
+    refused(f"^field '{re.escape(field)}' is missing", from_json, json.dumps(values))
+
+
+def test_missing_group():
+    values = default.get_config().to_dict()
+    del values['augment']
+    refused(r"^field 'augment\.\w+' is missing", from_json, json.dumps(values))
+
+
+# Field, values just inside the range, values just outside.
+RANGES = [
+    ('seed', [0, 2**32 - 1], [-1, 2**32]),
+    ('batch_size', [1], [0, -1]),
+    ('evaluation_batch_size', [1], [0, -1]),
+    ('model.name', ['cnn', 'resnet18', 'vit'], ['', 'CNN', 'resnet']),
+    ('model.stem', ['imagenet', 'cifar'], ['', 'cifar10']),
+    ('model.embed_dim', [1], [0, -1]),
+    ('model.hidden_dim', [1], [0, -1]),
+    ('model.num_heads', [1], [0, -1]),
+    ('model.num_layers', [1], [0, -1]),
+    ('model.patch_size', [1], [0, -1]),
+    ('compute_dtype', ['float32', 'bfloat16'], ['float16', '']),
+    ('dropout_rate', [0.0, 0.999], [-0.001, 1.0]),
+    ('label_smoothing', [0.0, 0.999], [-0.001, 1.0]),
+    (
+        'augment.random_resized_crop_scale',
+        [(0.01, 1.0), (1.0, 1.0)],
+        [
+            (0.0, 1.0),
+            (-0.5, 0.5),
+            (0.5, 1.01),
+            (0.8, 0.5),
+            (0.5,),
+            (0.1, 0.5, 1.0),
+            (),
+            (math.nan, 1.0),
+            (0.1, math.nan),
+        ],
+    ),
+    (
+        'augment.random_resized_crop_ratio',
+        [(0.5, 2.0), (1.0, 1.0), (3.0, 4.0)],
+        [(0.0, 1.0), (-1.0, 1.0), (2.0, 0.5), (1.0,), (1.0, 2.0, 3.0), (), (math.nan, 1.0), (1.0, math.inf)],
+    ),
+    ('num_epochs', [1], [0, -1]),
+    ('learning_rate', [1e-9, 100.0], [0.0, -1e-3, math.inf]),
+    ('optimizer.name', ['adamw', 'sgd'], ['adam', '']),
+    ('optimizer.momentum', [0.0, 0.999], [-0.1, 1.0]),
+    ('optimizer.weight_decay', [0.0, 10.0], [-0.1, math.inf]),
+    ('optimizer.gradient_clip_norm', [0.0, 10.0], [-0.1, math.inf]),
+    ('schedule.name', ['constant', 'exponential', 'cosine', 'one_cycle'], ['linear', '']),
+    ('schedule.decay_per_epoch', [1e-9, 1.0], [0.0, 1.001, -0.5]),
+    ('schedule.warmup_epochs', [0.0, 0.5, 30.0], [-0.1, 30.5, math.inf]),
+    ('ema_decay', [0.0, 0.9999], [-0.1, 1.0]),
+    ('early_stopping.metric', ['validation_accuracy', 'validation_loss'], ['test_accuracy', '']),
+    ('early_stopping.patience', [0, 100], [-1]),
+    ('early_stopping.min_delta', [0.0, 10.0], [-0.1, math.inf]),
+    ('keep_checkpoints', [1], [0, -1]),
+    ('checkpoint_every_steps', [0, 100], [-1]),
+    ('checkpoint_every_minutes', [0.0, 0.5], [-0.1, math.inf]),
+    ('on_divergence', ['stop', 'rewind'], ['', 'ignore']),
+    ('max_rewinds', [0, 3], [-1]),
+    ('num_devices', [0, 8], [-1]),
+    ('steps_per_call', [0, 50], [-1]),
+]
+
+
+@pytest.mark.parametrize(('field', 'value'), [(field, value) for field, inside, _ in RANGES for value in inside])
+def test_inside_the_range(field, value):
+    validate(with_field(field, value))
+
+
+@pytest.mark.parametrize(('field', 'value'), [(field, value) for field, _, outside in RANGES for value in outside])
+def test_outside_the_range(field, value):
+    refused(f'^{re.escape(field)} must ', validate, with_field(field, value))
+
+
+FLOAT_FIELDS = sorted(field for field, value in flatten(default.get_config()).items() if isinstance(value, float))
+
+
+@pytest.mark.parametrize('field', FLOAT_FIELDS)
+def test_nan_is_never_in_range(field):
+    refused(f'^{re.escape(field)} must .* not nan$', validate, with_field(field, math.nan))
+
+
+def test_every_field_has_a_range():
+    fields = {field for field, value in flatten(default.get_config()).items() if not isinstance(value, bool)}
+    free_text = {'name', 'dataset', 'splits.train', 'splits.validation', 'splits.test'}
+    assert fields - free_text == {field for field, _, _ in RANGES}
+
+
+def test_heads_divide_the_embedding():
+    config = with_field('model.num_heads', 3)
+    validate(config)  # a CNN has none
+    config.model.name = 'vit'
+    refused('model.embed_dim must be divisible by model.num_heads', validate, config)
+    config.model.embed_dim = 255
+    validate(config)
+
+
+def expected_settings(name):
+    """Model, dropout rate, augmentation and dataset that a config's name promises."""
+    if name == 'quickstart':
+        return 'cnn', 0.5, False, 'digits'
+    model, *regularizations = name.split('_')
+    dropout_rate = (0.2 if model == 'vit' else 0.5) if 'dropout' in regularizations else 0.0
+    return model, dropout_rate, 'augment' in regularizations, 'cifar10'
+
+
+def test_there_are_thirteen_configs():
+    names = {
+        f'{model}{suffix}'
+        for model in ('cnn', 'resnet18', 'vit')
+        for suffix in ('', '_dropout', '_augment', '_dropout_augment')
+    }
+    assert {path.stem for path in CONFIG_FILES} == names | {'quickstart'}
+
+
+@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
+def test_config_file(parse, path):
+    config = parse('--config', path)
+    model, dropout_rate, augmented, dataset = expected_settings(path.stem)
+    assert config.name == path.stem
+    assert config.model.name == model
+    assert config.dropout_rate == dropout_rate
+    assert config.augment.random_resized_crop is augmented
+    assert config.augment.random_mirror is augmented
+    assert config.augment.random_resized_crop_scale == (0.08, 1.0)
+    assert config.augment.random_resized_crop_ratio == (3 / 4, 4 / 3)
+    assert config.dataset == dataset
+    assert config.optimizer.name == 'adamw'
+    assert 'test' not in config.splits.train + config.splits.validation
+
+
+def test_overrides(parse):
+    config = parse(
+        f'--config={QUICKSTART}',
+        '--config.seed=7',
+        '--config.learning_rate=1',
+        '--config.model.name=vit',
+        '--config.augment.random_mirror=true',
+        '--config.augment.random_resized_crop_scale=(0.5,1.0)',
+        '--config.splits.train=train[:10%]',
+    )
+    assert (config.seed, config.model.name, config.augment.random_mirror) == (7, 'vit', True)
+    assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
+    assert config.augment.random_resized_crop_scale == (0.5, 1.0)
+    assert config.splits.train == 'train[:10%]'
+    assert config.name == 'quickstart'
+
+
+def test_further_flags(monkeypatch):
+    argv = ['main', '--config', QUICKSTART, '--workdir', 'somewhere']
+    monkeypatch.setattr(sys, 'argv', argv)
+
+    def define_flags(flag_values):
+        from absl import flags
+
+        flags.DEFINE_string('workdir', None, 'Directory.', flag_values=flag_values)
+
+    assert parse_command_line(argv, define_flags).workdir == 'somewhere'
+
+
+def test_overrides_are_read_from_the_given_command_line(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['another program'])
+    argv = ['main', '--config', QUICKSTART, '--config.seed=7']
+    assert parse_command_line(argv, define_no_flags).config.seed == 7
+
+
+def test_command_lines_are_independent(parse):
+    assert parse('--config', QUICKSTART, '--config.seed=7').seed == 7
+    assert parse('--config', QUICKSTART).seed == 0
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+        ([], 'no config: say --config'),
+        (['--config'], 'Missing value'),
+        (['--config='], 'empty'),
+        (['--config', '/nowhere/to_be_found.py'], '/nowhere/to_be_found.py'),
+        (['--config', '/'], 'directory'),
+        (['--config', QUICKSTART, '--config.foo=1'], "unknown field 'foo'"),
+        (['--config', QUICKSTART, '--config.model.foo=1'], "unknown field 'model.foo'"),
+        (['--config', QUICKSTART, '--config.seed=abc'], r'config\.seed=abc'),
+        (['--config', QUICKSTART, '--config.seed=1.5'], r'config\.seed=1\.5'),
+        (['--config', QUICKSTART, '--config.seed=-1'], r'seed must be in \[0, 2\*\*32\), not -1'),
+        (['--config', QUICKSTART, '--config.seed'], 'Missing value for flag --config.seed'),
+        (['--config', QUICKSTART, '--config.learning_rate=x'], r'config\.learning_rate=x'),
+        (['--config', QUICKSTART, '--config.learning_rate=nan'], 'learning_rate must be positive'),
+        (['--config', QUICKSTART, '--config.augment.random_mirror=maybe'], 'augment.random_mirror=maybe'),
+        (['--config', QUICKSTART, '--config.augment.random_resized_crop_scale=(0.5,'], 'random_resized_crop_scale'),
+        (['--config', QUICKSTART, '--config.augment.random_resized_crop_scale=0.5'], 'random_resized_crop_scale must'),
+        (['--config', QUICKSTART, '--config.augment.random_resized_crop_scale=(a,b)'], 'random_resized_crop_scale'),
+        (['--config', QUICKSTART, '--config.model=3'], 'config.model=3'),
+        (['--config', QUICKSTART, '--foo=1'], "Unknown command line flag 'foo'"),
+        (['--config', QUICKSTART, 'surplus'], "'surplus' is not a flag"),
+        (['--config', QUICKSTART, '--config.seed=1', '2'], "'2' is not a flag"),
+    ],
+    ids=lambda value: ' '.join(value[2:] or value) if isinstance(value, list) else '',
+)
+def test_refused_command_line(parse, arguments, match):
+    refused(match, parse, *arguments)
+
+
+GET_DEFAULT = 'from configs import default\ndef get_config():\n    config = default.get_config()\n    '
+
+
+@pytest.mark.parametrize(
+    ('text', 'match'),
+    [
+        ('def get_config(:\n', r'SyntaxError.*broken\.py, line 1'),
+        ('1 / 0\n', 'ZeroDivisionError: division by zero'),
+        ('import no_such_module\n', 'No module named .no_such_module'),
+        ('raise SystemExit(3)\n', 'SystemExit'),
+        ('def get_config():\n    raise ValueError("many words")\n', 'many words'),
+        ('def get_config():\n    raise ValueError("two\\nlines")\n', 'lines'),
+        ('def get_config(): pass\n', r'broken\.py.*get_config\(\)'),
+        ('def get_config(): return 3\n', r'broken\.py.*get_config\(\)'),
+        ('def get_config(): return {}\n', r'broken\.py.*get_config\(\)'),
+        ('from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()\n', 'field .* is missing'),
+        (GET_DEFAULT + 'config.foo = 1\n    return config\n', "unknown field 'foo'"),
+        (GET_DEFAULT + 'del config.seed\n    return config\n', "field 'seed' is missing"),
+        (GET_DEFAULT + 'del config.name\n    return config\n', "field 'name' is missing"),
+        (GET_DEFAULT + 'config.seed = "1"\n    return config\n', 'seed'),
+    ],
+)
+def test_refused_config_file(parse, tmp_path, text, match):
+    path = tmp_path / 'broken.py'
+    path.write_text(text)
+    refused(match, parse, '--config', path)
+
+
+def test_differing_fields():
+    left, right = default.get_config(), default.get_config()
+    assert differing_fields(left, right) == []
+    right.seed = 1
+    right.model.embed_dim = 128
+    right.augment.random_resized_crop_scale = (0.5, 1.0)
+    expected = ['seed', 'model.embed_dim', 'augment.random_resized_crop_scale']
+    assert sorted(differing_fields(left, right)) == sorted(expected)
+    assert sorted(differing_fields(right, left)) == sorted(expected)
+
+
+@pytest.mark.parametrize('field', EXECUTION_FIELDS)
+def test_execution_fields_do_not_make_another_run(field):
+    assert differing_fields(default.get_config(), with_field(field, 17)) == []
+
+
+@pytest.mark.parametrize('field', sorted(flatten(default.get_config()).keys() - EXECUTION_FIELDS))
+def test_any_other_field_does(field):
+    assert differing_fields(default.get_config(), with_field(field, 'something else')) == [field]

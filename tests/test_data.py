@@ -1,0 +1,585 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import default
+from flax_dlvc import data
+from flax_dlvc.errors import ConfigError
+
+CIFAR10 = Path(os.environ.get('TFDS_DATA_DIR', ''), 'cifar10')
+
+
+def refused(match, call, *arguments):
+    with pytest.raises(ConfigError, match=match) as caught:
+        call(*arguments)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def make_config(**fields):
+    config = default.get_config()
+    config.dataset = 'digits'
+    config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in fields.items()})
+    return config
+
+
+# Digits
+
+
+@pytest.fixture(scope='module')
+def digits():
+    return data.load(make_config())
+
+
+def test_digits_are_scikit_learns(digits):
+    from sklearn.datasets import load_digits
+
+    splits = (digits.train, digits.validation, digits.test)
+    assert [len(split) for split in splits] == [1198, 299, 300]
+    images = np.concatenate([split.images for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    assert images.shape == (1797, 32, 32, 3) and images.dtype == np.uint8 and labels.dtype == np.int32
+    small = images[:, ::4, ::4, :1]
+    np.testing.assert_array_equal(images, small.repeat(4, axis=1).repeat(4, axis=2).repeat(3, axis=3))
+    original_images, original_labels = load_digits(return_X_y=True)
+
+    def examples(pixels, labels):
+        return sorted((row.tobytes(), int(label)) for row, label in zip(pixels, labels, strict=True))
+
+    levels = np.rint(original_images * 255 / 16).astype(np.uint8)
+    assert examples(small.reshape(-1, 64), labels) == examples(levels, original_labels)  # each once: disjoint too
+    assert digits.class_names == tuple('0123456789') and digits.image_shape == (32, 32, 3)
+
+
+def test_digits_are_stratified(digits):
+    splits = (digits.train, digits.validation, digits.test)
+    counts = np.array([np.bincount(split.labels, minlength=10) for split in splits])
+    proportional = counts.sum(0) * np.array([[len(split)] for split in splits]) / 1797
+    assert np.abs(counts - proportional).max() <= 1
+
+
+@pytest.mark.parametrize('share', [20, 40, 60])
+def test_leading_shares_of_the_digits_are_stratified(digits, share):
+    labels = np.concatenate([digits.train.labels, digits.validation.labels])
+    part = data.load(make_config(splits__train=f'train[:{share}%]')).train.labels
+    np.testing.assert_array_equal(part, labels[: len(part)])
+    proportional = np.bincount(labels) * len(part) / len(labels)
+    assert np.abs(np.bincount(part) - proportional).max() < 2
+
+
+def test_digits_are_the_same_in_every_call(digits):
+    again = data.load(make_config())
+    for name, checksum in (('train', 74188681), ('validation', 3343363481), ('test', 3688178672)):
+        split = getattr(again, name)
+        np.testing.assert_array_equal(split.images, getattr(digits, name).images)
+        np.testing.assert_array_equal(split.labels, getattr(digits, name).labels)
+        assert zlib.crc32(split.images) == checksum
+
+
+def test_statistics_are_those_of_the_training_images(digits):
+    pixels = digits.train.images / 255.0
+    np.testing.assert_allclose(digits.mean, pixels.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(digits.std, pixels.std((0, 1, 2)), rtol=1e-9)
+
+
+def test_channel_statistics():
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), np.uint8)
+    images[..., 2] = 51
+    mean, std = data.channel_statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std[:2], (images / 255).std((0, 1, 2))[:2], rtol=1e-12)
+    assert std[2] == 1.0  # a constant channel is not divided by zero
+
+
+# Slices
+
+
+def test_slices_take_the_examples_they_name(digits):
+    everything = np.concatenate([digits.train.images, digits.validation.images])
+    dataset = data.load(
+        make_config(
+            splits__train='train[1000:]+train[:100]', splits__validation='train[200:300]', splits__test='test[-7:]'
+        )
+    )
+    np.testing.assert_array_equal(dataset.train.images, np.concatenate([everything[1000:], everything[:100]]))
+    np.testing.assert_array_equal(dataset.validation.images, everything[200:300])
+    np.testing.assert_array_equal(dataset.test.images, digits.test.images[-7:])
+    assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [597, 100, 7]
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        '',
+        'train[',
+        'train[:80%',
+        'train[::2]',
+        'train[a:b]',
+        'train[5]',
+        'train[:9999]',
+        'train[:101%]',
+        'nope',
+        'train+',
+    ],
+)
+def test_malformed_slice(spec):
+    message = refused('is not a slice of the available splits', data.load, make_config(splits__train=spec))
+    assert 'train (1,497), test (300)' in message and repr(spec) in message
+
+
+@pytest.mark.parametrize('spec', ['train[5:5]', 'train[50%:10%]', 'train[:0%]', 'test+train[0:0]'])
+def test_empty_slice(spec):
+    refused('holds no examples', data.load, make_config(splits__train=spec))
+
+
+@pytest.mark.parametrize(
+    ('train', 'validation', 'test'),
+    [
+        ('train', 'train[80%:]', 'test'),
+        ('train[:1000]', 'train[999:]', 'test'),
+        ('train[:80%]', 'train[80%:]', 'train[10:11]'),
+        ('train[:10%]+test[:1]', 'train[80%:]', 'test'),
+        ('train[:80%]', 'test', 'test'),
+        ('train[:50%]+train[40%:60%]', 'train[80%:]', 'test'),
+    ],
+)
+def test_overlapping_slices(train, validation, test):
+    config = make_config(splits__train=train, splits__validation=validation, splits__test=test)
+    refused('share examples of .*make them disjoint', data.load, config)
+
+
+def test_a_batch_larger_than_the_split():
+    data.load(make_config(splits__train='train[:128]'))
+    message = refused('batch_size 128 is larger', data.load, make_config(splits__train='train[:127]'))
+    assert '127 examples' in message
+
+
+def test_patches_have_to_fit():
+    data.load(make_config(model__patch_size=5))
+    data.load(make_config(model__patch_size=8, model__name='vit'))
+    refused('patch_size 5 does not divide', data.load, make_config(model__patch_size=5, model__name='vit'))
+
+
+# Order and batches
+
+
+@pytest.mark.parametrize('num_examples', [1, 10, 1197])
+def test_an_epoch_is_a_permutation(num_examples):
+    order = data.epoch_order(num_examples, seed=3, epoch=5)
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order), np.arange(num_examples))
+
+
+def test_an_epochs_order_is_a_function_of_seed_and_epoch():
+    orders = {(seed, epoch): data.epoch_order(1000, seed, epoch) for seed in range(3) for epoch in range(3)}
+    np.testing.assert_array_equal(orders[2, 1], data.epoch_order(1000, 2, 1))
+    for left, right in itertools.combinations(orders.values(), 2):
+        assert (left == right).mean() < 0.02  # two independent orders agree in one place
+
+
+def test_the_largest_seed():
+    assert sorted(data.epoch_order(5, 2**32 - 1, 10_000)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ('seed', 'epoch', 'expected'),
+    [
+        (0, 0, [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]),
+        (0, 1, [9, 4, 2, 1, 0, 7, 8, 5, 3, 6]),
+        (1, 0, [6, 0, 7, 9, 4, 1, 8, 5, 2, 3]),
+    ],
+)
+def test_golden_orders(seed, epoch, expected):
+    """A change here changes every run: results of old and new code with one seed are no longer the same."""
+    assert data.epoch_order(10, seed, epoch).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ('num_examples', 'batch_size', 'num_devices'), [(10, 3, 1), (12, 4, 2), (13, 12, 4), (8, 8, 8), (7, 7, 1)]
+)
+def test_training_batches(num_examples, batch_size, num_devices):
+    order = data.epoch_order(num_examples, 0, 0)
+    batches = data.training_batches(order, batch_size, num_devices)
+    assert batches.shape == (num_examples // batch_size, num_devices, batch_size // num_devices)
+    np.testing.assert_array_equal(batches.ravel(), order[: num_examples // batch_size * batch_size])
+
+
+@pytest.mark.parametrize('num_devices', [1, 2, 3, 8])
+@pytest.mark.parametrize('batch_size', [24, 48, 480])
+@pytest.mark.parametrize('num_examples', [1, 5, 23, 24, 25, 96, 1000])
+def test_evaluation_batches_hold_every_example_once(num_examples, batch_size, num_devices):
+    batches = data.evaluation_batches(num_examples, batch_size, num_devices)
+    assert batches.dtype == np.int32 and batches.ndim == 3 and batches.shape[1] == num_devices
+    assert batches.shape[1] * batches.shape[2] <= batch_size
+    flat = batches.ravel()
+    np.testing.assert_array_equal(flat[:num_examples], np.arange(num_examples))
+    np.testing.assert_array_equal(flat[num_examples:], -1)
+    assert len(flat) - num_examples < batches.shape[1] * batches.shape[2]  # no step of padding alone
+
+
+# TFDS
+
+
+def write_prepared(data_dir, splits, name='tiny', version='1.0.0', num_classes=10):
+    """Writes what TFDS would, without its builder: a features.json, a dataset_info.json, an ArrayRecord per split."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from PIL import Image
+
+    features = tfds.features.FeaturesDict(
+        {
+            'image': tfds.features.Image(shape=(None, None, 3)),
+            'label': tfds.features.ClassLabel(names=[f'class {number}' for number in range(num_classes)]),
+        }
+    )
+    directory = data_dir / name / version
+    directory.mkdir(parents=True, exist_ok=True)
+    infos = []
+    for split, (images, labels) in splits.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=directory, dataset_name=name, split=split, filetype_suffix='array_record'
+        )
+        writer = array_record_module.ArrayRecordWriter(
+            str(template.sharded_filepath(shard_index=0, num_shards=1)), 'group_size:1'
+        )
+        for image, label in zip(images, labels, strict=True):
+            writer.write(features.serialize_example({'image': Image.fromarray(image), 'label': int(label)}))
+        writer.close()
+        infos.append(tfds.core.SplitInfo(split, [len(labels)], 0, filename_template=template))
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(version),
+        data_dir=str(directory),
+        module_name='',
+        config_name='',
+        config_description='',
+        release_notes={},
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    info.set_file_format('array_record')
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(directory)
+    return directory
+
+
+def make_examples(seed, sizes=(('train', 700), ('test', 30)), shape=(6, 4, 3)):
+    generator = np.random.default_rng(seed)
+    return {
+        split: (generator.integers(0, 256, (size, *shape), np.uint8), generator.integers(0, 10, size, np.int32))
+        for split, size in sizes
+    }
+
+
+@pytest.fixture
+def tfds_environment(tmp_path, monkeypatch):
+    """An empty TFDS data directory and an empty cache."""
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / 'tfds'))
+    monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', str(tmp_path / 'cache'))
+    return tmp_path / 'tfds'
+
+
+@pytest.fixture
+def prepared(tfds_environment):
+    """A prepared dataset and its directory."""
+    splits = make_examples(0)
+    return splits, write_prepared(tfds_environment, splits)
+
+
+def load_tiny(**fields):
+    return data.load(make_config(dataset='tiny', **fields))
+
+
+def assert_holds(dataset, splits):
+    (images, labels), size = splits['train'], len(splits['train'][1]) * 8 // 10
+    parts = {
+        'train': (images[:size], labels[:size]),
+        'validation': (images[size:], labels[size:]),
+        'test': splits['test'],
+    }
+    for name, (images, labels) in parts.items():
+        split = getattr(dataset, name)
+        assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
+        np.testing.assert_array_equal(split.images, images)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+def cached(split):
+    """The directory of a split's decoded arrays."""
+    (directory,) = (data.cache_directory() / 'decoded').glob(f'tiny-*/{split}')
+    return directory
+
+
+def test_decoded_arrays_are_the_sources(prepared):
+    splits, _ = prepared
+    dataset = load_tiny()
+    assert_holds(dataset, splits)
+    assert dataset.class_names == tuple(f'class {number}' for number in range(10))
+    pixels = splits['train'][0][:560] / 255
+    np.testing.assert_allclose(dataset.mean, pixels.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(dataset.std, pixels.std((0, 1, 2)), rtol=1e-9)
+
+
+def test_a_second_load_maps_the_arrays(prepared, monkeypatch):
+    splits, _ = prepared
+    load_tiny()
+    written = {path: path.stat().st_mtime_ns for path in cached('train').parent.rglob('*.[nj]*')}
+    assert len(written) == 6
+    monkeypatch.setattr(data._Tfds, '_decode', lambda *_: pytest.fail('decoded again'))
+    dataset = load_tiny()
+    assert_holds(dataset, splits)
+    assert isinstance(dataset.test.images, np.memmap) and isinstance(dataset.test.labels, np.memmap)
+    assert isinstance(dataset.train.images, np.memmap)  # a slice of one
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert sorted(path.name for path in cached('train').parent.iterdir()) == [
+        'test',
+        'test.lock',
+        'train',
+        'train.lock',
+    ]
+
+
+def test_a_split_that_no_slice_needs_is_not_decoded(prepared):
+    load_tiny(splits__validation='train[80%:90%]', splits__test='train[90%:]')
+    assert sorted(path.name for path in cached('train').parent.iterdir()) == ['train', 'train.lock']
+
+
+def test_two_directories_have_a_cache_each(tmp_path, tfds_environment, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    for number in range(2):
+        monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / f'tfds {number}'))
+        write_prepared(tmp_path / f'tfds {number}', make_examples(number))
+        assert_holds(load_tiny(), make_examples(number))
+    assert len(list((data.cache_directory() / 'decoded').iterdir())) == 2
+
+
+def test_a_source_that_changed_is_decoded_again(prepared, tfds_environment):
+    load_tiny()
+    others = make_examples(1)
+    write_prepared(tfds_environment, others)
+    assert_holds(load_tiny(), others)
+
+
+def test_a_source_that_was_touched_is_decoded_again(prepared):
+    splits, directory = prepared
+    load_tiny()
+    before = cached('train').stat().st_ino, cached('test').stat().st_ino
+    (record,) = directory.glob('*-train.*')
+    os.utime(record, ns=(0, record.stat().st_mtime_ns + 1))
+    assert_holds(load_tiny(), splits)
+    assert cached('train').stat().st_ino != before[0]
+    assert cached('test').stat().st_ino == before[1]
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xFF
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    'a pixel': lambda directory: flip(directory / 'images.npy', 5000),
+    'a label': lambda directory: flip(directory / 'labels.npy', 200),
+    'magic of images': lambda directory: flip(directory / 'images.npy', 0),
+    'header length of images': lambda directory: (directory / 'images.npy').write_bytes(
+        b'\x93NUMPY\x01\x00\x39' + (directory / 'images.npy').read_bytes()[9:]
+    ),
+    'dtype of images': lambda directory: (directory / 'images.npy').write_bytes(
+        (directory / 'images.npy').read_bytes().replace(b"'|u1'", b"'|i1'", 1)
+    ),
+    'dtype of labels': lambda directory: (directory / 'labels.npy').write_bytes(
+        (directory / 'labels.npy').read_bytes().replace(b"'<i4'", b"'1i4'", 1)
+    ),
+    'shape of images': lambda directory: (directory / 'images.npy').write_bytes(
+        (directory / 'images.npy').read_bytes().replace(b'6, 4, 3', b'4, 6, 3', 1)
+    ),
+    'truncated images': lambda directory: os.truncate(directory / 'images.npy', 10_000),
+    'truncated header': lambda directory: os.truncate(directory / 'images.npy', 40),
+    'empty labels': lambda directory: (directory / 'labels.npy').write_bytes(b''),
+    'no labels': lambda directory: (directory / 'labels.npy').unlink(),
+    'no manifest': lambda directory: (directory / 'manifest.json').unlink(),
+    'empty manifest': lambda directory: (directory / 'manifest.json').write_text(''),
+    'another manifest': lambda directory: (directory / 'manifest.json').write_text('[]'),
+    'manifest of another source': lambda directory: (directory / 'manifest.json').write_text(
+        json.dumps({**json.loads((directory / 'manifest.json').read_text()), 'source': ''})
+    ),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cache_is_built_anew(prepared, damage):
+    splits, _ = prepared
+    load_tiny()
+    damage(cached('train'))
+    assert_holds(load_tiny(), splits)
+    manifest = cached('train') / 'manifest.json'
+    before = manifest.stat().st_ino
+    assert_holds(load_tiny(), splits)
+    assert manifest.stat().st_ino == before  # whole again
+
+
+def test_decoding_that_is_interrupted_leaves_nothing(prepared, monkeypatch):
+    splits, _ = prepared
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, '_manifest', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_tiny()
+    (directory,) = (data.cache_directory() / 'decoded').iterdir()
+    assert [path.name for path in directory.iterdir()] == ['train.lock']
+    assert_holds(load_tiny(), splits)
+
+
+def test_two_processes_at_once(prepared, tfds_environment):
+    splits, _ = prepared
+    script = """
+import zlib
+from configs import default
+from flax_dlvc import data
+config = default.get_config()
+config.dataset = 'tiny'
+dataset = data.load(config)
+for split in (dataset.train, dataset.validation, dataset.test):
+    print(zlib.crc32(split.images), zlib.crc32(split.labels))
+"""
+    environment = os.environ | {'TFDS_DATA_DIR': str(tfds_environment)}
+    processes = [
+        subprocess.Popen([sys.executable, '-c', script], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    images, labels = splits['train']
+    parts = [(images[:560], labels[:560]), (images[560:], labels[560:]), splits['test']]
+    expected = ''.join(f'{zlib.crc32(images)} {zlib.crc32(labels)}\n' for images, labels in parts)
+    assert outputs == [expected, expected]
+    assert sorted(path.name for path in cached('train').parent.iterdir()) == [
+        'test',
+        'test.lock',
+        'train',
+        'train.lock',
+    ]
+
+
+@pytest.mark.parametrize('patch_size', [3, 4])
+def test_patches_have_to_fit_both_ways(prepared, patch_size):
+    load_tiny(model__name='vit', model__patch_size=2)
+    refused('does not divide the 6x4 images', lambda: load_tiny(model__name='vit', model__patch_size=patch_size))
+
+
+def test_cifar10_has_its_own_statistics(tfds_environment):
+    splits = make_examples(0, shape=(32, 32, 3))
+    write_prepared(tfds_environment, splits, name='cifar10', version='3.0.2')
+    dataset = data.load(make_config(dataset='cifar10'))
+    assert_holds(dataset, splits)
+    assert dataset.mean == (0.4914, 0.4822, 0.4465)
+    assert dataset.std == (0.2470, 0.2435, 0.2616)
+
+
+def test_images_of_mixed_sizes(tfds_environment):
+    splits = make_examples(0)
+    images, labels = splits['train']
+    odd = np.zeros((6, 5, 3), np.uint8)
+    write_prepared(tfds_environment, {**splits, 'train': ([*images[:-1], odd], labels)})
+    refused(r'image 699 of .train. is \(6, 5, 3\), the first is \(6, 4, 3\)', load_tiny)
+    assert not list(data.cache_directory().rglob('*.npy'))
+
+
+def test_splits_of_different_sizes(tfds_environment):
+    splits = make_examples(0) | make_examples(1, [('test', 30)], (4, 4, 3))
+    write_prepared(tfds_environment, splits)
+    refused('images of different sizes', load_tiny)
+
+
+@pytest.mark.parametrize('label', [-1, 10])
+def test_labels_outside_the_classes(tfds_environment, monkeypatch, label):
+    import tensorflow_datasets as tfds
+
+    splits = make_examples(0)
+    splits['train'][1][3] = label
+    with monkeypatch.context() as patch:  # TFDS refuses to write them
+        patch.setattr(tfds.features.ClassLabel, 'encode_example', lambda _, value: value)
+        write_prepared(tfds_environment, splits)
+    refused("'train' has labels outside its 10 classes", load_tiny)
+    assert not list(data.cache_directory().rglob('*.npy'))
+
+
+@pytest.mark.parametrize('name', ['', ' ', 'nope', 'nope/nope', '../tiny', 'cifar10/nope', 'cifar10:9.9.9', 'a\nb'])
+def test_unknown_dataset(tfds_environment, name):
+    message = ' '.join(str(refused_any(name)).split())
+    assert "neither 'digits' nor a TFDS dataset" in message
+
+
+def refused_any(name):
+    with pytest.raises(ConfigError) as caught:
+        data.load(make_config(dataset=name))
+    return caught.value
+
+
+def test_unprepared_dataset(tfds_environment):
+    message = refused('mnist is not prepared in ', data.load, make_config(dataset='mnist'))
+    assert 'TFDS_DATA_DIR' in message and '--config.dataset=digits' in message
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'flip', 'remove', 'empty info', 'no info'])
+def test_damaged_source(prepared, damage):
+    _, directory = prepared
+    (record,) = directory.glob('*-train.*')
+    if damage == 'truncate':
+        os.truncate(record, record.stat().st_size // 2)
+    elif damage == 'flip':
+        flip(record, 1000)
+    elif damage == 'remove':
+        record.unlink()
+    elif damage == 'empty info':
+        (directory / 'dataset_info.json').write_text('{')
+    else:
+        (directory / 'dataset_info.json').unlink()
+    refused('tiny', load_tiny)
+    assert not list(data.cache_directory().rglob('*.npy'))
+
+
+def test_a_cache_that_cannot_be_written(prepared, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', str(tmp_path / 'file'))
+    refused('set FLAX_DLVC_CACHE_DIR', load_tiny)
+
+
+def test_cache_directory(monkeypatch):
+    monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', '/somewhere')
+    assert data.cache_directory() == Path('/somewhere')
+    monkeypatch.delenv('FLAX_DLVC_CACHE_DIR')
+    monkeypatch.setenv('XDG_CACHE_HOME', '/elsewhere')
+    assert data.cache_directory() == Path('/elsewhere/flax_dlvc')
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setenv('HOME', '/home/somebody')
+    assert data.cache_directory() == Path('/home/somebody/.cache/flax_dlvc')
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir() or CIFAR10.parent == Path(), reason='TFDS_DATA_DIR holds no prepared cifar10')
+def test_real_cifar10():
+    dataset = data.load(default.get_config())
+    splits = (dataset.train, dataset.validation, dataset.test)
+    assert [split.images.shape for split in splits] == [(size, 32, 32, 3) for size in (40_000, 10_000, 10_000)]
+    train = np.concatenate([dataset.train.images, dataset.validation.images])
+    labels = np.concatenate([dataset.train.labels, dataset.validation.labels])
+    assert np.bincount(labels).tolist() == [5000] * 10
+    assert np.bincount(dataset.test.labels).tolist() == [1000] * 10
+    names = 'airplane automobile bird cat deer dog frog horse ship truck'
+    assert dataset.class_names == tuple(names.split())
+    # Close, not equal: a copy may hold the images as JPEG.
+    mean, std = data.channel_statistics(train)
+    np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=5e-4)
+    np.testing.assert_allclose(std, (0.2470, 0.2435, 0.2616), atol=2e-3)

@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from flax_dlvc.metrics import ConfusionMatrix, Sums, cross_entropy, summarize
+
+from_model_output = jax.jit(Sums.from_model_output)
+
+
+@pytest.fixture
+def examples():
+    """Logits (53, 4), labels (53,); every class occurs."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 53).astype(np.int32)
+    logits = generator.normal(size=(53, 4)).astype(np.float32) + 1.5 * np.eye(4, dtype=np.float32)[labels]
+    return logits, labels
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def sum_up(logits, labels, mask=None, losses=None):
+    mask = np.ones(len(labels), bool) if mask is None else mask
+    losses = cross_entropy(logits, labels) if losses is None else losses
+    return from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
+
+
+@pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.9])
+def test_cross_entropy(examples, label_smoothing):
+    logits, labels = examples
+    targets = np.eye(4)[labels] * (1 - label_smoothing) + label_smoothing / 4
+    expected = -(targets * log_softmax(logits)).sum(-1)
+    losses = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing)
+    assert losses.shape == (53,) and losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_of_large_logits_is_finite():
+    losses = cross_entropy(jnp.array([[1e4, -1e4], [1e4, -1e4]]), jnp.array([0, 1]))
+    np.testing.assert_array_equal(losses, [0, 2e4])
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_classes():
+    np.testing.assert_allclose(cross_entropy(jnp.zeros((3, 10)), jnp.arange(3), 0.1), np.log(10), rtol=1e-6)
+
+
+def test_confusion_matrix_has_a_row_per_true_class():
+    logits = jnp.eye(3)[jnp.array([0, 1, 1, 2, 2])]
+    counts = ConfusionMatrix.from_model_output(logits, jnp.array([0, 1, 0, 0, 0]), jnp.ones(5, bool)).counts
+    np.testing.assert_array_equal(counts, [[1, 1, 2], [0, 1, 0], [0, 0, 0]])
+    assert counts.dtype == jnp.int32
+
+
+def test_masked_examples_do_not_count(examples):
+    logits, labels = examples
+    mask = np.random.default_rng(1).random(53) < 0.6
+    garbage, losses = logits.copy(), np.array(cross_entropy(logits, labels))
+    garbage[~mask], losses[~mask] = np.nan, np.nan  # what padding computes is nobody's business
+    masked, chosen = sum_up(garbage, labels, mask, losses), sum_up(logits[mask], labels[mask])
+    np.testing.assert_array_equal(masked.confusion.counts, chosen.confusion.counts)
+    np.testing.assert_allclose(masked.loss.total, chosen.loss.total, rtol=1e-6)
+    assert int(masked.loss.count) == mask.sum()
+
+
+@pytest.mark.parametrize('sizes', [[53], [26, 26, 1], [1] * 53])
+def test_any_partition_sums_to_the_whole(examples, sizes):
+    logits, labels = examples
+    sums, start = Sums.empty(4), 0
+    for size in sizes:
+        sums = sums.merge(sum_up(logits[start : start + size], labels[start : start + size]))
+        start += size
+    whole = summarize(sum_up(logits, labels))
+    parts = summarize(sums)
+    assert parts.pop('cross_entropy') == pytest.approx(whole.pop('cross_entropy'), rel=1e-6)
+    assert parts == whole
+
+
+def test_merge_is_the_sum_of_all_leaves(examples):
+    logits, labels = examples
+    left, right = sum_up(logits[:20], labels[:20]), sum_up(logits[20:], labels[20:])
+    merged = left.merge(right)
+    assert jax.tree.structure(merged) == jax.tree.structure(Sums.empty(4))
+    for each, summed in zip(jax.tree.leaves(jax.tree.map(jnp.add, left, right)), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_array_equal(each, summed)
+
+
+def test_summary_is_scikit_learns(examples):
+    logits, labels = examples
+    probabilities, predictions = np.exp(log_softmax(logits)), logits.argmax(-1)
+    summary = summarize(sum_up(logits, labels))
+    assert summary['accuracy'] == pytest.approx(sklearn.metrics.accuracy_score(labels, predictions), rel=1e-12)
+    assert summary['accuracy'] != pytest.approx(summary['mean_class_accuracy'], rel=1e-3)
+    balanced = sklearn.metrics.balanced_accuracy_score(labels, predictions)
+    assert summary['mean_class_accuracy'] == pytest.approx(balanced, rel=1e-12)
+    assert summary['cross_entropy'] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities), rel=1e-5)
+    assert summary['confusion_matrix'] == sklearn.metrics.confusion_matrix(labels, predictions).tolist()
+    recalls = sklearn.metrics.recall_score(labels, predictions, average=None)
+    assert summary['per_class_accuracy'] == pytest.approx(recalls.tolist(), rel=1e-12)
+    assert summary['num_examples'] == 53
+
+
+def test_a_class_without_examples_has_no_accuracy():
+    logits = jnp.eye(3)[jnp.array([0, 1, 1, 0])]
+    summary = summarize(sum_up(logits, np.array([0, 0, 1, 1])))
+    assert summary['per_class_accuracy'] == [0.5, 0.5, None]
+    assert summary['mean_class_accuracy'] == 0.5
+    assert summary['confusion_matrix'] == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+
+
+def test_a_summary_is_plain_json(examples):
+    import json
+
+    summary = summarize(sum_up(*examples))
+    assert json.loads(json.dumps(summary)) == summary
+    keys = 'accuracy mean_class_accuracy cross_entropy per_class_accuracy num_examples confusion_matrix'
+    assert list(summary) == keys.split()

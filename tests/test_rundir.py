@@ -1,0 +1,225 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from configs import default
+from flax_dlvc import config as config_module
+from flax_dlvc import rundir
+from flax_dlvc.errors import ConfigError, StorageError
+
+RESULT = {'config_name': 'cnn', 'test': {'accuracy': 0.5}}
+
+
+@pytest.fixture
+def config():
+    return default.get_config()
+
+
+@pytest.fixture
+def workdir(tmp_path, config):
+    rundir.create(tmp_path / 'run', config)
+    return tmp_path / 'run'
+
+
+def refused(match, call, *arguments, error=ConfigError):
+    with pytest.raises(error, match=match) as caught:
+        call(*arguments)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_create_makes_parents_and_keeps_the_config(tmp_path, config):
+    config.learning_rate = 1 / 3
+    config.augment.random_resized_crop_scale = (0.25, 0.75)
+    workdir = tmp_path / 'a' / 'b'
+    rundir.create(workdir, config)
+    assert names(workdir) == ['config.json']
+    assert config_module.flatten(rundir.read_config(workdir)) == config_module.flatten(config)
+    assert rundir.read_result(workdir) is None
+
+
+def test_create_again_leaves_the_config_alone(workdir, config):
+    before = (workdir / 'config.json').stat()
+    rundir.create(workdir, config)
+    after = (workdir / 'config.json').stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_files(workdir):
+    history = [{'epoch': 1, 'train_loss': 0.1 + 0.2}, {'epoch': 2, 'train_loss': 1e-30}]
+    rundir.write_history(workdir, history)
+    rundir.write_result(workdir, RESULT)
+    path = rundir.write_evaluation(workdir, 'validation', {'accuracy': 0.25})
+    assert names(workdir) == ['config.json', 'evaluation-validation.json', 'metrics.jsonl', 'result.json']
+    assert [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()] == history
+    assert rundir.read_result(workdir) == RESULT
+    assert path == workdir / 'evaluation-validation.json'
+    assert json.loads(path.read_text()) == {'accuracy': 0.25}
+
+
+def test_history_is_written_whole(workdir):
+    rundir.write_history(workdir, [{'epoch': 1}, {'epoch': 2}])
+    with (workdir / 'metrics.jsonl').open() as reader:  # who reads while it is written sees the old file, whole
+        rundir.write_history(workdir, [{'epoch': 3}])
+        assert reader.read() == '{"epoch": 1}\n{"epoch": 2}\n'
+    assert (workdir / 'metrics.jsonl').read_text() == '{"epoch": 3}\n'
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(workdir, monkeypatch):
+    rundir.write_result(workdir, RESULT)
+
+    def full_disk(_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(rundir.os, 'fsync', full_disk)
+    newer = {**RESULT, 'seed': 1}
+    message = refused('No space left on device', rundir.write_result, workdir, newer, error=StorageError)
+    assert str(workdir / 'result.json') in message
+    assert names(workdir) == ['config.json', 'result.json']
+    assert rundir.read_result(workdir) == RESULT
+
+
+def test_check_of_a_new_directory_writes_nothing(tmp_path, config):
+    assert rundir.check(tmp_path / 'new', config) is None
+    assert rundir.check(tmp_path, config) is None
+    assert names(tmp_path) == []
+
+
+def test_check_of_the_same_run(workdir, config):
+    assert rundir.check(workdir, config) is None
+    rundir.write_result(workdir, RESULT)
+    assert rundir.check(workdir, config) == RESULT
+
+
+def test_check_names_the_fields_that_differ(workdir, config):
+    config.seed = 1
+    config.model.patch_size = 8
+    message = refused('another config', rundir.check, workdir, config)
+    assert 'differs in model.patch_size, seed;' in message and str(workdir) in message
+    assert names(workdir) == ['config.json']
+
+
+def test_execution_fields_may_differ(workdir, config):
+    config.num_devices, config.steps_per_call = 3, 7
+    config.evaluation_batch_size, config.keep_checkpoints = 99, 2
+    assert rundir.check(workdir, config) is None
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'result.json'])
+def test_check_of_a_run_without_its_config(tmp_path, config, name):
+    (tmp_path / name).mkdir()
+    refused('without its config.json', rundir.check, tmp_path, config)
+
+
+def test_a_directory_of_something_else_may_be_used(tmp_path, config):
+    (tmp_path / 'notes.txt').write_text('mine')
+    assert rundir.check(tmp_path, config) is None
+
+
+def test_check_of_a_file(tmp_path, config):
+    (tmp_path / 'file').write_text('')
+    refused('not a directory', rundir.check, tmp_path / 'file', config)
+
+
+DAMAGE = {
+    'empty': b'',
+    'truncated': b'{"test": {"accuracy": 0.',
+    'html': b'<html>\n<body>\n',
+    'list': b'[1, 2]',
+    'null': b'null',
+    'number': b'3',
+    'empty object': b'{}',
+    'not UTF-8': b'\xff\xfe{}',
+    'deep list': b'[' * 100_000,
+    'deep object': b'{"test":' * 100_000,
+    'NUL': b'\x00' * 100,
+}
+
+
+@pytest.mark.parametrize('content', DAMAGE.values(), ids=DAMAGE)
+def test_damaged_config(workdir, config, content):
+    (workdir / 'config.json').write_bytes(content)
+    message = refused('config', rundir.read_config, workdir)
+    assert str(workdir) in message
+    refused('config', rundir.check, workdir, config)
+
+
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.99])
+def test_truncated_config(workdir, share):
+    text = (workdir / 'config.json').read_text()
+    (workdir / 'config.json').write_text(text[: int(share * len(text)) - 2])
+    refused('config.json', rundir.read_config, workdir)
+
+
+def test_invalid_config(workdir):
+    text = (workdir / 'config.json').read_text()
+    (workdir / 'config.json').write_text(text.replace('"seed": 0', '"seed": -1'))
+    refused(r'config\.json: seed must be in', rundir.read_config, workdir)
+
+
+def test_no_config(tmp_path):
+    refused('not a run directory', rundir.read_config, tmp_path)
+    (tmp_path / 'config.json').mkdir()
+    refused('not a run directory', rundir.read_config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [*DAMAGE.values(), b'{"test": 3}', b'{"test": null}', b'{"test": {}}', b'{"test": {"accuracy": 0.5}'],
+    ids=[*DAMAGE, 'test is a number', 'test is null', 'no accuracy', 'no end'],
+)
+def test_damaged_result(workdir, config, content):
+    (workdir / 'result.json').write_bytes(content)
+    for message in (refused('damaged', rundir.read_result, workdir), refused('damaged', rundir.check, workdir, config)):
+        assert str(workdir / 'result.json') in message
+
+
+def test_a_result_that_is_a_directory(workdir):
+    (workdir / 'result.json').mkdir()
+    refused('damaged', rundir.read_result, workdir)
+
+
+def test_a_place_that_cannot_be_written(tmp_path, config):
+    (tmp_path / 'file').write_text('')
+    workdir = tmp_path / 'file' / 'run'
+    assert rundir.check(workdir, config) is None
+    message = refused('cannot write', rundir.create, workdir, config)
+    assert str(workdir) in message
+    refused('cannot write', rundir.write_result, workdir, RESULT, error=StorageError)
+    assert names(tmp_path) == ['file']
+
+
+def test_a_name_that_is_too_long(tmp_path, config):
+    workdir = tmp_path / ('a' * 300)
+
+    def check_and_create():
+        rundir.check(workdir, config)
+        rundir.create(workdir, config)
+
+    refused('too long', check_and_create)
+
+
+def test_one_process_at_a_time(workdir):
+    script = f"""
+from pathlib import Path
+from flax_dlvc import rundir
+from flax_dlvc.errors import ConfigError
+try:
+    with rundir.lock(Path({str(workdir)!r})):
+        print('free')
+except ConfigError as error:
+    print(error)
+"""
+
+    def try_elsewhere():
+        return subprocess.run([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    with rundir.lock(workdir):
+        assert f'another process is training in {workdir}' in try_elsewhere()
+    assert try_elsewhere() == 'free\n'
