@@ -8,13 +8,17 @@
 # PYTHON names the interpreter to make the environment with (default: python3, at least 3.11).
 set -euo pipefail
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-venv=$root/.venv
-
 fail() {
     printf 'error: %s\n' "$1" >&2
     exit 2
 }
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+if [ ! -f "$root/pyproject.toml" ]; then
+    root=${SLURM_SUBMIT_DIR:-$PWD} # sbatch runs a copy of this file from a directory of its own
+    [ -f "$root/pyproject.toml" ] || fail "$root is not a checkout of flax_dlvc; submit from one"
+fi
+venv=$root/.venv
 
 # Installs the package when the environment is new or what it was installed from has changed.
 set_up() {

@@ -93,6 +93,18 @@ def test_a_gpu_chooses_the_cuda_extra(installed, tmp_path, listing, extras):
     assert installation.endswith(f'{installed}{extras}')
 
 
+def test_a_copy_that_sbatch_made_finds_the_checkout(installed, tmp_path):
+    spool = tmp_path / 'spool'
+    spool.mkdir()
+    shutil.copy(installed / 'launch.sh', spool / 'launch.sh')
+    python = make_venv_that_installs(installed)
+    done = launch(spool, 'configs/vit.py', PYTHON=python, SLURM_SUBMIT_DIR=str(installed))
+    assert done.stdout.splitlines()[-1] == 'python -m flax_dlvc.main --config configs/vit.py'
+    done = launch(spool, 'configs/vit.py', PYTHON=python, SLURM_SUBMIT_DIR=str(spool))
+    assert done.returncode == 2
+    assert done.stderr == f'error: {spool} is not a checkout of flax_dlvc; submit from one\n'
+
+
 def test_a_python_that_is_too_old_or_missing_is_one_line(installed, tmp_path):
     old = fake_python(tmp_path, 'case "$*" in --version) echo Python 3.9.1 ;; -c*) exit 1 ;; esac')
     for python in (old, str(tmp_path / 'none')):
