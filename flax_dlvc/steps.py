@@ -120,7 +120,7 @@ def _keys(seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
     """The sharding of the state and of a split: a copy on every device."""
-    mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
