@@ -2,8 +2,8 @@
 
 python -m flax_dlvc.main --config configs/cnn_dropout.py
 
-CIFAR-10, seed 0: Stops after epoch 20 of 30; best epoch 15: 0.7464 test accuracy, 0.855 nats.
-An epoch takes about 35 seconds on two CPU cores.
+CIFAR-10, seed 0: Stops after epoch 21 of 30; best epoch 16: 0.754 test accuracy, 0.878 nats.
+An epoch takes about half a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 python -m flax_dlvc.main --config configs/cnn_dropout_augment.py
 
-CIFAR-10, seed 0: 0.556 validation accuracy after two epochs.
-An epoch takes about 35 seconds on two CPU cores.
+CIFAR-10, seed 0: 0.545 validation accuracy after two epochs.
+An epoch takes about half a minute on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 python -m flax_dlvc.main --config configs/vit_dropout_augment.py
 
-CIFAR-10, seed 0: PENDING
-An epoch takes about MINUTES on two CPU cores.
+CIFAR-10, seed 0: 0.409 validation accuracy after one epoch.
+An epoch takes about seven to eight minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
