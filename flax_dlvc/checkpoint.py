@@ -86,7 +86,7 @@ class Checkpoints:
             raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
 
     def __enter__(self) -> 'Checkpoints':
-        sys.excepthook = _report_unless_loop_is_closed
+        sys.unraisablehook = _report_unless_loop_is_closed
         return self
 
     def __exit__(
@@ -98,7 +98,7 @@ class Checkpoints:
             if error is None:
                 raise self._storage_error(failure) from failure
         finally:
-            sys.excepthook = sys.__excepthook__
+            sys.unraisablehook = sys.__unraisablehook__
 
     @property
     def steps(self) -> list[int]:
@@ -277,10 +277,10 @@ class Checkpoints:
         )
 
 
-def _report_unless_loop_is_closed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _report_unless_loop_is_closed(unraisable: Any) -> None:
     """Prints a stray error, except that of TensorStore reporting to an event loop that a failed read or save closed."""
-    if str(error) != 'Event loop is closed':
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
