@@ -56,10 +56,10 @@ def create(workdir: Path, config: ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f'cannot write {workdir}: {error.strerror}; choose another --workdir') from error
+    if not os.access(workdir, os.W_OK):
+        raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
     if not (workdir / 'config.json').exists():
         _write(workdir / 'config.json', config_module.to_json(config))
-    elif not os.access(workdir, os.W_OK):
-        raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
 
 
 @contextlib.contextmanager

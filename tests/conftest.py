@@ -1,6 +1,7 @@
 """Shared fixtures: a cache of its own for the session, two CPU devices, small runs, real processes."""
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -34,6 +36,24 @@ SMALL_RUN = {
     'num_epochs': 3,
     'num_devices': 1,
 }
+
+
+def read_history(workdir: Path) -> list[dict[str, Any]]:
+    """A run's metrics.jsonl without the one field that is a time."""
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != 'images_per_second'} for line in lines]
+
+
+def restore_latest(workdir: Path) -> Any:
+    """The training state in a run's newest checkpoint."""
+    from flax_dlvc import rundir
+    from flax_dlvc.checkpoint import Checkpoints
+    from flax_dlvc.setup import set_up
+
+    setup = set_up(rundir.read_config(workdir))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        like = jax.eval_shape(setup.create_state)
+        return checkpoints.restore(checkpoints.steps[-1], like, setup.replicated)[0]
 
 
 @pytest.fixture

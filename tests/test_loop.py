@@ -5,26 +5,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import SMALL_RUN, read_history, restore_latest
 
 from flax_dlvc import loop, rundir
 from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import ConfigError, DivergedError
 from flax_dlvc.evaluate import evaluate_checkpoint
-from flax_dlvc.setup import set_up
-
-
-def read_history(workdir):
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def without_speed(history):
-    return [{key: value for key, value in record.items() if key != 'images_per_second'} for record in history]
 
 
 @pytest.fixture(scope='module')
 def finished_run(tmp_path_factory, request):
     """A run of three epochs, with its config, its directory and its result."""
-    from conftest import SMALL_RUN
 
     from configs import cnn_dropout
 
@@ -38,7 +29,7 @@ def finished_run(tmp_path_factory, request):
 def test_a_run_leaves_what_the_interface_promises(finished_run):
     config, workdir, result = finished_run
     assert rundir.read_config(workdir) == config
-    history = read_history(workdir)
+    history = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     assert [record['epoch'] for record in history] == [1, 2, 3]
     assert [record['step'] for record in history] == [4, 8, 12]
     assert set(history[0]) == {
@@ -215,15 +206,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_config, tm
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         small_config.seed = seed
         loop.run(small_config, tmp_path / name)
-    a, b, c = (without_speed(read_history(tmp_path / name)) for name in 'abc')
+    a, b, c = (read_history(tmp_path / name) for name in 'abc')
     assert a == b
     assert a != c
-
-
-def restore_latest(workdir):
-    setup = set_up(rundir.read_config(workdir))
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.restore(checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated)[0]
 
 
 @pytest.mark.parametrize('stop_at_call', [3, 7])
@@ -263,7 +248,7 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config
 
     result = loop.run(small_config, tmp_path / 'stopped')
     assert result == json.loads((tmp_path / 'whole' / 'result.json').read_text())
-    whole, stopped_run = (without_speed(read_history(tmp_path / name)) for name in ('whole', 'stopped'))
+    whole, stopped_run = (read_history(tmp_path / name) for name in ('whole', 'stopped'))
     assert stopped_run == whole
     for a, b in zip(
         jax.tree.leaves(restore_latest(tmp_path / 'whole')),

@@ -7,29 +7,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_history, restore_latest
 
 CONFIG = ROOT / 'configs' / 'cnn_dropout_augment.py'
 
 
-def read_history(workdir):
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != 'images_per_second'} for line in lines]
-
-
 def checkpoint_bytes(workdir):
     """The values in a run's newest checkpoint, by name."""
-    import jax
-
-    from flax_dlvc import rundir
-    from flax_dlvc.checkpoint import Checkpoints
-    from flax_dlvc.setup import set_up
-
-    setup = set_up(rundir.read_config(workdir))
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(checkpoints.latest_step, jax.eval_shape(setup.create_state), setup.replicated)
-    return {jax.tree_util.keystr(path): bytes(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = jax.tree_util.tree_leaves_with_path(restore_latest(workdir))
+    return {jax.tree_util.keystr(path): bytes(leaf) for path, leaf in leaves}
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,6 @@
 FLAX_DLVC_KILLS sets the number of kills; a run is killed in start-up, steps, validation, saving and the test alike.
 """
 
-import json
 import os
 import random
 import signal
@@ -12,11 +11,7 @@ import subprocess
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-
-from flax_dlvc import rundir
-from flax_dlvc.checkpoint import Checkpoints
-from flax_dlvc.setup import set_up
+from conftest import ROOT, read_history, restore_latest
 
 KILLS = int(os.environ.get('FLAX_DLVC_KILLS', '6'))
 LONGEST_LIFE = 1.5  # seconds after a process has found its place
@@ -26,18 +21,6 @@ FLAGS = {
     'vit': [f'--config.model.{field}=16' for field in ('embed_dim', 'hidden_dim')]
     + ['--config.model.num_heads=2', '--config.model.num_layers=1', '--config.model.patch_size=8'],
 }
-
-
-def read_history(workdir):
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != 'images_per_second'} for line in lines]
-
-
-def read_state(workdir):
-    setup = set_up(rundir.read_config(workdir))
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        like = jax.eval_shape(setup.create_state)
-        return checkpoints.restore(checkpoints.steps[-1], like, setup.replicated)[0]
 
 
 def live(process, seconds):
@@ -91,4 +74,4 @@ def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, com
 def check(whole, workdir):
     assert read_history(workdir) == read_history(whole)
     assert (workdir / 'result.json').read_text() == (whole / 'result.json').read_text()
-    jax.tree.map(np.testing.assert_array_equal, read_state(workdir), read_state(whole))
+    jax.tree.map(np.testing.assert_array_equal, restore_latest(workdir), restore_latest(whole))
