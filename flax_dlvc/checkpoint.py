@@ -152,13 +152,12 @@ class Checkpoints:
         except Exception as error:
             raise self._storage_error(error) from error
 
-    def restore(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress]:
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         """Restores the state and the progress of a step.
 
         Args:
             step: the training step.
-            like: a state, or its shapes, with the structure, shapes and dtypes to expect.
-            sharding: where to place every array.
+            like: a state, or an abstract one, with the structure, shapes, dtypes and placement to expect.
 
         Raises:
             ConfigError: no such step, a damaged checkpoint, or one of another model.
@@ -167,11 +166,11 @@ class Checkpoints:
             there_are = ', '.join(map(str, self.steps)) or 'none'
             raise ConfigError(f'{self.directory} has no checkpoint of step {step}; there are: {there_are}')
         try:
-            return self._restore(step, like, sharding)
+            return self._restore(step, like)
         except DamagedError as error:
             raise ConfigError(f'{self.directory}: the checkpoint of step {step} {error}') from error
 
-    def restore_latest(self, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress] | None:
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, Progress] | None:
         """Restores the newest checkpoint that is whole; sets newer, damaged ones aside with a warning on stderr.
 
         Returns:
@@ -183,7 +182,7 @@ class Checkpoints:
         damaged: list[tuple[int, DamagedError]] = []
         for step in reversed(self.steps):
             try:
-                restored = self._restore(step, like, sharding)
+                restored = self._restore(step, like)
             except DamagedError as error:
                 damaged.append((step, error))
                 continue
@@ -229,18 +228,17 @@ class Checkpoints:
             raise ConfigError(f"--step must be 'best', 'latest' or a number of training steps, not {which!r}")
         return int(which)
 
-    def _restore(self, step: int, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[TrainState, Progress]:
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         content = self._read_content(step)
         with _orbax_errors_as_damage():
             # Orbax would cast dtypes and leave out arrays silently.
             saved = _shapes(self._manager.item_metadata(step)['state'])
         if not saved:
             raise DamagedError('is damaged (its description is missing)')
-        if saved != _shapes(target):
+        if saved != _shapes(like):
             raise DamagedError('is of another model than config.json describes')
         with _orbax_errors_as_damage():
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         state = restored['state']
         fingerprints, finite = inspect(state)
         if [int(fingerprint) for fingerprint in jax.device_get(fingerprints)] != content['fingerprints']:

@@ -59,7 +59,7 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find(which)
         setup = set_up(config)
-        state, _ = checkpoints.restore(step, jax.eval_shape(setup.create_state), setup.replicated)
+        state, _ = checkpoints.restore(step, setup.abstract_state)
     metrics = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
     return {'config_name': config.name, 'dataset': config.dataset, 'split': split_name, 'step': step} | metrics
 

@@ -128,9 +128,7 @@ def train(
                 display.epoch(record, progress.stopping)
 
             checkpoints.wait()
-            best, _ = checkpoints.restore(
-                checkpoints.find('best'), jax.eval_shape(setup.create_state), setup.replicated
-            )
+            best, _ = checkpoints.restore(checkpoints.find('best'), setup.abstract_state)
             test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
         except StopRequested as request:
             save(checkpoints, state, progress, setup)
@@ -165,8 +163,7 @@ def train(
 
 def restore_or_start(setup: Setup, checkpoints: Checkpoints) -> tuple[steps.TrainState, Progress]:
     """The newest whole checkpoint's state and progress, or the initial ones."""
-    restored = checkpoints.restore_latest(jax.eval_shape(setup.create_state), setup.replicated)
-    return restored or (jax.device_put(setup.create_state(), setup.replicated), Progress())
+    return checkpoints.restore_latest(setup.abstract_state) or (setup.create_state(), Progress())
 
 
 def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress, setup: Setup) -> None:

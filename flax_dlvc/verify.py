@@ -8,8 +8,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 from flax_dlvc import rundir
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import ArgumentParser, CommandError, run_command
@@ -35,7 +33,7 @@ def verify(workdir: Path) -> Iterator[Finding]:
             yield 'checkpoints', 'there are none'
         for step in checkpoints.steps:
             try:
-                state, progress = checkpoints.restore(step, jax.eval_shape(setup.create_state), setup.replicated)
+                state, progress = checkpoints.restore(step, setup.abstract_state)
                 yield f'checkpoint of step {step}', None
             except CommandError as error:
                 yield f'checkpoint of step {step}', str(error)

@@ -52,8 +52,7 @@ def restore_latest(workdir: Path) -> Any:
 
     setup = set_up(rundir.read_config(workdir))
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        like = jax.eval_shape(setup.create_state)
-        return checkpoints.restore(checkpoints.steps[-1], like, setup.replicated)[0]
+        return checkpoints.restore(checkpoints.steps[-1], setup.abstract_state)[0]
 
 
 @pytest.fixture
