@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.splits.validation = 'train[80%:]'  # CIFAR-10: train[40000:]
     config.splits.test = 'test'
     config.batch_size = 128  # examples per step over all devices
+    config.accumulate_steps = 1  # parts that a device computes its share of a batch in, to use less memory
     config.evaluation_batch_size = 500  # examples per forward pass over all devices; does not change any metric
 
     # Model
@@ -30,6 +31,7 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 8  # ViT: attention heads, must divide embed_dim
     config.model.num_layers = 6  # ViT: transformer blocks
     config.model.patch_size = 4  # ViT: pixels, must divide the image's height and width
+    config.synchronize_batch_norm = False  # ResNet18: training statistics over all devices, not each device's own
     config.compute_dtype = 'float32'  # 'float32' or 'bfloat16'; parameters, normalisation and loss stay float32
 
     # Regularisation

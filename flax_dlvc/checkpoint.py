@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from flax_dlvc.distributed import barrier, is_main
 from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.steps import TrainState
 from flax_dlvc.stopping import Stopping
@@ -186,13 +187,16 @@ class Checkpoints:
             except DamagedError as error:
                 damaged.append((step, error))
                 continue
-            for damaged_step, damage in damaged:
+            for damaged_step, damage in damaged if is_main() else ():
                 aside = self._set_aside(damaged_step)
                 print(
                     f'warning: the checkpoint of step {damaged_step} {damage}; it is now {aside}, '
                     f'and the run goes on from step {step}',
                     file=sys.stderr,
                 )
+            if damaged:
+                barrier(f'set aside above {step}')
+                self._manager.reload()
             return restored
         if damaged:
             newest, damage = damaged[0]
@@ -265,7 +269,6 @@ class Checkpoints:
             aside = aside.with_name(f'{aside.name}x')
         aside.parent.mkdir(exist_ok=True)
         (self.directory / str(step)).rename(aside)
-        self._manager.reload()
         return aside
 
     def _storage_error(self, error: Exception) -> StorageError:

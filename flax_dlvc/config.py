@@ -79,6 +79,7 @@ def _is_range(value: Sequence[float]) -> bool:
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('seed', lambda v: 0 <= v < 2**32, 'must be in [0, 2**32)'),
     ('batch_size', lambda v: v >= 1, 'must be at least 1'),
+    ('accumulate_steps', lambda v: v >= 1, 'must be at least 1'),
     ('evaluation_batch_size', lambda v: v >= 1, 'must be at least 1'),
     ('model.name', lambda v: v in ('cnn', 'resnet18', 'vit'), "must be 'cnn', 'resnet18' or 'vit'"),
     ('model.stem', lambda v: v in ('imagenet', 'cifar'), "must be 'imagenet' or 'cifar'"),
@@ -202,6 +203,7 @@ def _lists_to_tuples(value: Any) -> Any:
 
 # Fields that say how a run is carried out, not what it computes; they may differ when a run goes on.
 EXECUTION_FIELDS = (
+    'accumulate_steps',
     'checkpoint_every_minutes',
     'checkpoint_every_steps',
     'evaluation_batch_size',

@@ -31,6 +31,12 @@ class StorageError(CommandError):
     exit_code = 4
 
 
+class PeerError(CommandError):
+    """Another process of the run is gone, or did not come."""
+
+    exit_code = 5
+
+
 class StoppedError(CommandError):
     """A signal asked the run to stop; its state is saved."""
 

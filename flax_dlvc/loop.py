@@ -1,10 +1,11 @@
 """The run, told in order, once: restore, train and validate each epoch, stop, test the best checkpoint."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,7 +15,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from flax_dlvc import data, rundir, steps, stopping
+from flax_dlvc import data, distributed, rundir, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, evaluate
@@ -36,24 +37,37 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the dataset, the devices or the directory do not fit the config.
         DivergedError: a loss is not finite.
+        PeerError: the run has several processes, and one of them is missing.
         StoppedError: SIGTERM or SIGINT arrived; the state is saved.
     """
     result = rundir.check(workdir, config)
     if result is None:
-        setup = set_up(config)
-        rundir.create(workdir, config)
-        with (
-            rundir.lock(workdir),
-            Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
-            Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
-        ):
-            result = train_and_rewind(setup, workdir, checkpoints, display)
-            rundir.write_result(workdir, result)
+        with distributed.joined():
+            setup = set_up(config)
+            with (
+                claimed(workdir, config),
+                Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
+                Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
+            ):
+                result = train_and_rewind(setup, workdir, checkpoints, display)
+                if distributed.is_main():
+                    rundir.write_result(workdir, result)
     ended = 'stopped early' if result['stopped_early'] else 'ended'
     print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
     print(f'test, best epoch {result["best_epoch"]}: {describe(result["test"])}')
     print(f'curves: {workdir / "curves.png"}')
     return result
+
+
+@contextmanager
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Within, the run directory exists and this run alone trains in it."""
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            rundir.create(workdir, config)
+            stack.enter_context(rundir.lock(workdir))
+        distributed.barrier('claimed')
+        yield
 
 
 def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Display) -> dict[str, Any]:
@@ -123,8 +137,9 @@ def train(
                 }
                 progress = advance(config, progress, record)
                 save(checkpoints, state, progress, setup)
-                rundir.write_history(workdir, progress.history)
-                tensorboard.epoch(record)
+                if distributed.is_main():
+                    rundir.write_history(workdir, progress.history)
+                    tensorboard.epoch(record)
                 display.epoch(record, progress.stopping)
 
             checkpoints.wait()
@@ -141,13 +156,14 @@ def train(
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs
     best_epoch = progress.stopping.best_epoch
-    plot_curves(
-        progress.history,
-        title=f'{config.name} on {config.dataset}',
-        best_epoch=best_epoch,
-        stopped_early=stopped_early,
-        path=workdir / 'curves.png',
-    )
+    if distributed.is_main():
+        plot_curves(
+            progress.history,
+            title=f'{config.name} on {config.dataset}',
+            best_epoch=best_epoch,
+            stopped_early=stopped_early,
+            path=workdir / 'curves.png',
+        )
     return {
         'config_name': config.name,
         'dataset': config.dataset,
@@ -180,13 +196,17 @@ class Clock:
     def __init__(self, config: ConfigDict, step: int):
         self._steps, self._seconds = config.checkpoint_every_steps, 60 * config.checkpoint_every_minutes
         self._step, self._time = step, time.monotonic()
+        self._agree = distributed.Agreement(f'save after {step}')
 
     def __call__(self, step: int) -> bool:
         """Whether one is due before the step after `step`; the clock starts anew when it is."""
         now = time.monotonic()
-        due = 0 < self._steps <= step - self._step or 0 < self._seconds <= now - self._time
+        due = 0 < self._steps <= step - self._step
+        if self._seconds:
+            due |= bool(self._agree(now - self._time >= self._seconds))
         if due:
             self._step, self._time = step, now
+            self._agree = distributed.Agreement(f'save after {step}')
         return due
 
 
@@ -199,10 +219,16 @@ def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Pro
     display.print(
         f'{config.name}: {config.model.name} with {count_parameters(state):,} parameters on {config.dataset} '
         f'({len(dataset.train):,} train, {len(dataset.validation):,} validation, {len(dataset.test):,} test), '
-        f'seed {config.seed}, {len(devices)} x {devices[0].device_kind}, in {workdir}'
+        f'seed {config.seed}, {describe_devices(devices)}, in {workdir}'
     )
     if step > 0:
         display.print(f'going on after step {step}, {len(progress.history)} epochs finished')
+
+
+def describe_devices(devices: Sequence[jax.Device]) -> str:
+    """How many of which kind, and in how many processes."""
+    processes = distributed.num_processes()
+    return f'{len(devices)} x {devices[0].device_kind}' + (f' in {processes} processes' if processes > 1 else '')
 
 
 def count_parameters(state: steps.TrainState) -> int:
@@ -293,8 +319,12 @@ class StopRequested(Exception):  # noqa: N818, no error
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], None]]:
-    """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process."""
+    """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process.
+
+    With several processes it raises in all of them, on the same call, when one has received a signal.
+    """
     received: list[int] = []
+    agree = distributed.Agreement('stop')
 
     def handle(signal_number: int, frame: FrameType | None) -> None:
         del frame
@@ -303,8 +333,8 @@ def stop_signals() -> Iterator[Callable[[], None]]:
             signal.signal(number, signal.SIG_DFL)
 
     def check_stop() -> None:
-        if received:
-            raise StopRequested(received[0])
+        if signal_number := agree(received[0] if received else 0):
+            raise StopRequested(signal_number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

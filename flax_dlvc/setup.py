@@ -1,6 +1,7 @@
 """What a config stands for: its dataset, model, optimiser, devices and compiled steps, built once per run."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
 
 import flax.linen as nn
@@ -50,6 +51,7 @@ class Setup:
             num_classes=self.num_classes,
             dropout_rate=self.config.dropout_rate,
             dtype=self.config.compute_dtype,
+            batch_norm_axis=steps.AXIS if self.config.synchronize_batch_norm else None,
             **self.config.model,
         )
 
@@ -74,6 +76,7 @@ class Setup:
             std=self.dataset.std,
             label_smoothing=self.config.label_smoothing,
             ema_decay=self.config.ema_decay,
+            accumulate_steps=self.config.accumulate_steps,
             seed=self.config.seed,
             devices=self.devices,
         )
@@ -108,7 +111,11 @@ class Setup:
 
     def empty_sums(self) -> Sums:
         """Sums over no examples, on every device."""
-        return jax.device_put(Sums.empty(self.num_classes), self.replicated)
+        return self._empty_sums()
+
+    @cached_property
+    def _empty_sums(self) -> Callable[[], Sums]:
+        return jax.jit(lambda: Sums.empty(self.num_classes), out_shardings=self.replicated)
 
     def with_learning_rate(self, learning_rate: float) -> 'Setup':
         """The same with another learning rate."""
@@ -117,8 +124,9 @@ class Setup:
         return dataclasses.replace(self, config=config)
 
     def place(self, split: data.Split) -> tuple[jax.Array, jax.Array]:
-        """A split's images and labels, on every device."""
-        return data.place(split, self.replicated)
+        """A split's images and labels, on every device of this process."""
+        local = [self.devices[position] for position in steps.local_positions(self.devices)]
+        return data.place(split, steps.replicated(local))
 
 
 def set_up(config: ConfigDict) -> Setup:
@@ -130,11 +138,16 @@ def set_up(config: ConfigDict) -> Setup:
     steps.keep_compiled_programs(data.cache_directory() / 'compiled')
     steps.keep_freed_memory()
     dataset = data.load(config)
-    devices = steps.local_devices(config.num_devices)
+    devices = steps.run_devices(config.num_devices)
     for field in ('batch_size', 'evaluation_batch_size'):
         if config[field] % len(devices):
             raise ConfigError(
                 f'{field} {config[field]} is not divisible by the {len(devices)} devices; '
                 f'set --config.{field} or --config.num_devices'
             )
+    if config.batch_size // len(devices) % config.accumulate_steps:
+        raise ConfigError(
+            f'accumulate_steps {config.accumulate_steps} does not divide the {config.batch_size // len(devices)} '
+            'examples that each device has in a step; set --config.accumulate_steps'
+        )
     return Setup(config, dataset, devices)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from flax_dlvc.augment import Augmentation
 from flax_dlvc.errors import ConfigError
@@ -54,16 +55,23 @@ class TrainState(flax.struct.PyTreeNode):
         return {'params': self.ema_params or self.params, 'batch_stats': self.batch_stats}
 
 
-def local_devices(num_devices: int) -> list[jax.Device]:
-    """The first `num_devices` local devices; all of them for 0.
+def run_devices(num_devices: int) -> list[jax.Device]:
+    """The devices of the run, process by process: of each the first `num_devices`; all of them for 0.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: a process has fewer, or not as many as the others.
     """
-    devices = jax.local_devices()
-    if num_devices > len(devices):
-        raise ConfigError(f'num_devices is {num_devices}, but there are {len(devices)} devices')
-    return devices[: num_devices or len(devices)]
+    counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
+    if num_devices > min(counts):
+        raise ConfigError(f'num_devices is {num_devices}, but there are {min(counts)} devices')
+    if not num_devices and min(counts) < max(counts):
+        raise ConfigError(f'the processes have {counts} devices; set --config.num_devices={min(counts)}')
+    return [device for process in range(len(counts)) for device in jax.local_devices(process)[: num_devices or None]]
+
+
+def local_positions(devices: Sequence[jax.Device]) -> list[int]:
+    """Which of the run's devices are this process's."""
+    return [position for position, device in enumerate(devices) if device.process_index == jax.process_index()]
 
 
 def keep_compiled_programs(directory: Path) -> None:
@@ -119,7 +127,7 @@ def _keys(seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
-    """The sharding of the state and of a split: a copy on every device."""
+    """The sharding of the state (over all devices) and of a split (over this process's): a copy on every device."""
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -133,14 +141,15 @@ def make_train_step(
     std: Sequence[float],
     label_smoothing: float,
     ema_decay: float = 0.0,
+    accumulate_steps: int = 1,
     seed: int,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
     """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
 
     Augmentation has a key per step and example, so it does not depend on the number of devices; dropout has a key per
-    step and device, so its masks do. Batch normalisation uses each device's own statistics and averages the running
-    ones over the devices.
+    step, device and part of a batch, so its masks do. Batch normalisation uses the statistics of each device and part,
+    unless the model synchronises them over `AXIS`, and the running ones are averaged over the devices.
 
     Args:
         model: maps float images (B, H, W, C) to logits (B, K).
@@ -150,6 +159,7 @@ def make_train_step(
         std: per channel, on the scale [0, 1].
         label_smoothing: probability mass spread over all classes; the reported loss contains it.
         ema_decay: of the moving average of the parameters, per step; 0 keeps none.
+        accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
         seed: of augmentation and dropout.
         devices: to run on; the state and the split must be replicated over them.
 
@@ -169,17 +179,41 @@ def make_train_step(
         sums = Sums.from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
         return losses.mean(), (sums, updated.get('batch_stats', {}))
 
-    def update(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> TrainState:
+    def differentiate(
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, key: jax.Array
+    ) -> tuple[Any, Sums, Any]:
         batch = images[indices].astype(jnp.float32) / 255
         if augmentation is not None:
             step_key = jax.random.fold_in(augmentation_key, state.step)
             example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
             batch = jax.vmap(augmentation)(example_keys, batch)
-        key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
         gradient_function = jax.grad(loss_function, has_aux=True)
         gradients, (sums, batch_stats) = gradient_function(
             state.params, state, normalize(batch, mean, std), labels[indices], key
         )
+        return gradients, sums, batch_stats
+
+    def accumulate(
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, key: jax.Array
+    ) -> tuple[Any, Sums, Any]:
+        def add(carry: tuple[Any, Sums, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Sums, Any], None]:
+            total, sums, batch_stats = carry
+            number, indices = part
+            gradients, new_sums, batch_stats = differentiate(
+                state.replace(batch_stats=batch_stats), images, labels, indices, jax.random.fold_in(key, number)
+            )
+            return (jax.tree.map(jnp.add, total, gradients), sums.merge(new_sums), batch_stats), None
+
+        nothing = jax.tree.map(jnp.zeros_like, (state.params, state.sums))
+        parts = jnp.arange(accumulate_steps), indices.reshape(accumulate_steps, -1)
+        (total, sums, batch_stats), _ = jax.lax.scan(add, (*nothing, state.batch_stats), parts)
+        return jax.tree.map(lambda gradient: gradient / accumulate_steps, total), sums, batch_stats
+
+    gradients_of = differentiate if accumulate_steps == 1 else accumulate
+
+    def update(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> TrainState:
+        key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
+        gradients, sums, batch_stats = gradients_of(state, images, labels, indices, key)
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -198,7 +232,7 @@ def make_train_step(
         state = _fold(lambda state, batch: update(state, images, labels, batch), state, indices)
         return state, state.sums
 
-    return _in_turn(
+    return _on_devices(
         jax.pmap(
             train_step, AXIS, in_axes=(None, None, None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
         ),
@@ -221,16 +255,29 @@ def make_evaluation_step(
     def evaluation_step(variables: Any, sums: Sums, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
         return _fold(lambda sums, batch: add(sums, variables, images, labels, batch), sums, indices)
 
-    return _in_turn(
+    return _on_devices(
         jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices), devices
     )
 
 
-def _in_turn(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
-    """Waits for each call on several CPU devices: their collectives deadlock when calls run ahead."""
-    if len(devices) == 1 or devices[0].platform != 'cpu':
+def _on_devices(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
+    """Makes a `pmap` that takes its last argument (D, …) by device one that takes it, and returns, for all processes.
+
+    On several CPU devices each call is waited for: their collectives deadlock when calls run ahead.
+    """
+    if len(devices) == 1:
         return step
-    return lambda *arguments: jax.block_until_ready(step(*arguments))
+    local = local_positions(devices)
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+
+    def call(*arguments: Any) -> Any:
+        *whole, by_device = arguments
+        results = step(*whole, by_device[local])
+        if len(local) < len(devices):  # `pmap` returns each process its own copies
+            results = multihost_utils.host_local_array_to_global_array(results, mesh, jax.sharding.PartitionSpec())
+        return jax.block_until_ready(results) if devices[0].platform == 'cpu' else results
+
+    return call
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flax_dlvc.models.layers import Conv, Dropout, max_pool
 
+batch_norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)  # PyTorch's defaults; its momentum is one minus this
 # Kaiming normal over the fan-out, torchvision's initialisation of every convolution.
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -22,12 +23,13 @@ class BasicBlock(nn.Module):
     features: int
     stride: int
     dtype: jnp.dtype
+    batch_norm_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps (B, H, W, C) to (B, H / stride, W / stride, features)."""
         conv = partial(Conv, use_bias=False, kernel_init=conv_init, dtype=self.dtype)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        norm = partial(batch_norm, use_running_average=not train, axis_name=self.batch_norm_axis, dtype=self.dtype)
         shortcut = x
         x = conv(self.features, (3, 3), (self.stride, self.stride), padding=1, name='conv1')(x)
         x = nn.relu(norm(name='bn1')(x))
@@ -48,6 +50,7 @@ class ResNet(nn.Module):
     stem: str = 'imagenet'
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    batch_norm_axis: str | None = None  # of devices, over which training statistics are averaged
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -57,7 +60,7 @@ class ResNet(nn.Module):
             x = conv(kernel_size=(7, 7), strides=(2, 2), padding=3)(x)
         else:
             x = conv(kernel_size=(3, 3), padding=1)(x)
-        x = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name='bn1')(x)
+        x = batch_norm(not train, axis_name=self.batch_norm_axis, dtype=self.dtype, name='bn1')(x)
         x = nn.relu(x)
         if self.stem == 'imagenet':
             x = max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -65,7 +68,7 @@ class ResNet(nn.Module):
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f'layer{stage + 1}_{block}'
-                x = BasicBlock(64 * 2**stage, stride, self.dtype, name=name)(x, train=train)
+                x = BasicBlock(64 * 2**stage, stride, self.dtype, self.batch_norm_axis, name=name)(x, train=train)
         x = x.mean(axis=(1, 2), dtype=jnp.float32)
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name='fc')(x).astype(jnp.float32)
