@@ -4,8 +4,11 @@
 #   ./launch.sh                          the main job on the embedded data (configs/quickstart.py)
 #   ./launch.sh configs/X.py [--flags]   the main job with that config
 #   ./launch.sh COMMAND [ARGUMENT ...]   any command in the environment: ./launch.sh pytest
+#   ./launch.sh --processes N ...        the same as N processes of one run on this machine
+#   sbatch --nodes=N launch.sh ...       the same as one process per node; srun and mpirun: one per task
 #
-# PYTHON names the interpreter to make the environment with (default: python3, at least 3.11).
+# PYTHON names the interpreter to make the environment with (default: python3, at least 3.11). COORDINATOR_ADDRESS
+# (HOST:PORT of process 0), NUM_PROCESSES and PROCESS_ID say by hand what SLURM and Open MPI say otherwise.
 set -euo pipefail
 
 fail() {
@@ -19,6 +22,13 @@ if [ ! -f "$root/pyproject.toml" ]; then
     [ -f "$root/pyproject.toml" ] || fail "$root is not a checkout of flax_dlvc; submit from one"
 fi
 venv=$root/.venv
+
+processes=1
+if [ "${1:-}" = --processes ]; then
+    processes=${2:-}
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes takes a number, not '$processes'"
+    shift 2
+fi
 
 # Installs the package when the environment is new or what it was installed from has changed.
 set_up() {
@@ -52,11 +62,123 @@ else
 fi
 
 export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
+
+# Gives a process its share of the accelerators that it sees, as number $1 of $2 on this host.
+share_devices() {
+    local devices=0
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        devices=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    elif command -v nvidia-smi >/dev/null; then
+        devices=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    fi
+    local each=$((devices / $2))
+    if [ "$2" -gt 1 ] && [ "$each" -gt 0 ] && [ -z "${LOCAL_DEVICE_IDS:-}" ]; then
+        LOCAL_DEVICE_IDS=$(seq -s , $(($1 * each)) $(($1 * each + each - 1)))
+        export LOCAL_DEVICE_IDS
+    fi
+}
+
+# Process $1 of $2, number $3 of $4 on its host; process 0 is on host $5 and may use port $6.
+join_run() {
+    [ "$2" -gt 1 ] || return 0
+    export PROCESS_ID=$1 NUM_PROCESSES=$2 COORDINATOR_ADDRESS=${COORDINATOR_ADDRESS:-$5:$6}
+    if [[ $COORDINATOR_ADDRESS == 127.0.0.1:* ]]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+    fi
+    share_devices "$3" "$4"
+}
+
+# The first host of a list such as gpu[03-05,9],big1: gpu03.
+first_host() {
+    local first=${1%%[,[]*} rest=
+    if [[ $1 == "${first}["* ]]; then
+        rest=${1#*[}
+        first+=${rest%%[],-]*}
+    fi
+    printf '%s' "$first"
+}
+
+# Tasks on node $2 of a list such as 2(x3),1: nodes 0 to 2 have two.
+tasks_on_node() {
+    local part count nodes seen=0
+    for part in ${1//,/ }; do
+        count=${part%%(*} nodes=1
+        [[ $part =~ \(x([0-9]+)\) ]] && nodes=${BASH_REMATCH[1]}
+        seen=$((seen + nodes))
+        if [ "$2" -lt "$seen" ]; then
+            printf '%s' "$count"
+            return
+        fi
+    done
+}
+
+# Runs a command as $1 processes, each in a process group of its own, so that Ctrl-C reaches it through us alone.
+run_processes() {
+    local count=$1 port pids=() codes=() number code status=0 failed_for=0
+    shift
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    set -m
+    for ((number = 0; number < count; number++)); do
+        (
+            join_run "$number" "$count" "$number" "$count" 127.0.0.1 "$port"
+            exec "$@"
+        ) &
+        pids+=($!)
+    done
+    trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+    trap 'kill -INT "${pids[@]}" 2>/dev/null' INT
+    while [ "${#codes[@]}" -lt "$count" ]; do
+        sleep 0.2
+        for number in "${!pids[@]}"; do
+            if [ -n "${codes[number]:-}" ] || kill -0 "${pids[number]}" 2>/dev/null; then
+                continue
+            fi
+            code=0
+            wait "${pids[number]}" || code=$?
+            codes[number]=$code
+            if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
+                status=$code
+                printf 'process %d of %d ended with exit code %d\n' "$number" "$count" "$code" >&2
+            fi
+        done
+        # A process that the others wait for has failed; they end by themselves, or are ended.
+        if [ "$status" -ne 0 ] && [ $((failed_for += 1)) -eq 225 ]; then
+            kill -KILL "${pids[@]}" 2>/dev/null || true
+        fi
+    done
+    exit "$status"
+}
+
 if [ $# -eq 0 ]; then
     cd "$root"
-    exec python -m flax_dlvc.main --config configs/quickstart.py
+    set -- python -m flax_dlvc.main --config configs/quickstart.py
+elif [[ $1 == *.py ]]; then
+    set -- python -m flax_dlvc.main --config "$@"
 fi
-case $1 in
-    *.py) exec python -m flax_dlvc.main --config "$@" ;;
-    *) exec "$@" ;;
-esac
+
+if [ "$processes" -gt 1 ]; then
+    run_processes "$processes" "$@"
+elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ] &&
+    { [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] || [ "${SLURM_NTASKS:-1}" -gt 1 ]; }; then
+    options=(--kill-on-bad-exit=1)
+    [ -n "${SLURM_NTASKS_PER_NODE:-}${SLURM_NTASKS:-}" ] || options+=(--ntasks-per-node=1)
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    exec srun "${options[@]}" "$root/launch.sh" "$@"
+elif [ -n "${SLURM_STEP_ID:-}" ]; then
+    host=$(first_host "${SLURM_STEP_NODELIST:?}")
+    port=$((12000 + (SLURM_JOB_ID * 31 + SLURM_STEP_ID) % 16000))
+    if [ -n "${SLURM_GPUS_PER_TASK:-}${SLURM_GPU_BIND:-}${SLURM_TRES_PER_TASK:-}" ]; then
+        here=1 # SLURM shows each task its own accelerators only
+    else
+        here=$(tasks_on_node "${SLURM_STEP_TASKS_PER_NODE:?}" "${SLURM_NODEID:?}")
+    fi
+    join_run "${SLURM_PROCID:?}" "${SLURM_STEP_NUM_TASKS:?}" "${SLURM_LOCALID:?}" "$here" "$host" "$port"
+elif [ "${OMPI_COMM_WORLD_SIZE:-1}" -gt 1 ]; then
+    if [ "$OMPI_COMM_WORLD_LOCAL_SIZE" -lt "$OMPI_COMM_WORLD_SIZE" ] && [ -z "${COORDINATOR_ADDRESS:-}" ]; then
+        fail 'several hosts: mpirun -x COORDINATOR_ADDRESS=HOST:PORT, of the first host, a free port'
+    fi
+    port=$((12000 + $(cksum <<<"${PMIX_NAMESPACE:-$PPID}" | cut -d ' ' -f 1) % 16000))
+    join_run "$OMPI_COMM_WORLD_RANK" "$OMPI_COMM_WORLD_SIZE" \
+        "$OMPI_COMM_WORLD_LOCAL_RANK" "$OMPI_COMM_WORLD_LOCAL_SIZE" 127.0.0.1 "$port"
+fi
+exec "$@"

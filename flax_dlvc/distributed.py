@@ -5,12 +5,14 @@ process 0's host), NUM_PROCESSES and PROCESS_ID, and, where processes share a ho
 `launch.sh` sets them for SLURM, Open MPI and `--processes N`. Without NUM_PROCESSES there is one process.
 """
 
+import contextlib
 import os
 import re
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,8 @@ from flax_dlvc.errors import CommandError, ConfigError, PeerError, StoppedError
 SIGN_OF_LIFE = 1.0  # seconds between a process's signs of life
 LOST_AFTER = 20.0  # seconds without one after which a process counts as gone
 JOIN_TIMEOUT = 300  # seconds that a process waits for the others at the start
-GRACE = 2.0  # seconds in which a process may end by itself what has failed in another
+GRACE = 5.0  # seconds in which a process may find the failure of another one for itself
+AGAIN = 'start the run again to go on from its last checkpoint'
 
 
 def num_processes() -> int:
@@ -69,16 +72,11 @@ def joined() -> Iterator[None]:
         barrier('end')
     except StoppedError:  # all processes stop together
         barrier('end')
-        raise
-    except CommandError as error:
-        watch.publish(error)
+        _leave(watch)
         raise
     except Exception as error:
-        watch.blame(error)
-        raise
-    finally:
-        watch.stop()
-    _leave()
+        watch.fail(error)
+    _leave(watch)
 
 
 def barrier(name: str) -> None:
@@ -102,18 +100,16 @@ class Agreement:
         """Returns what a process wants, other than 0, on the same call in all processes; 0 on all others."""
         if num_processes() == 1:
             return wanted
-        client = _client()
+        client, request, announcement = _client(), f'{self._name}/wanted', f'{self._name}/announced'
         self._calls += 1
         if wanted:
-            client.key_value_set(f'{self._name}/wanted', str(wanted), allow_overwrite=True)
-        if is_main() and not client.key_value_dir_get(f'{self._name}/at'):
-            for _, value in client.key_value_dir_get(f'{self._name}/wanted'):
-                client.key_value_set(f'{self._name}/at', f'{self._calls + 2} {value}')
-        for _, announcement in client.key_value_dir_get(f'{self._name}/at'):
-            call, value = announcement.split()
-            if self._calls >= int(call):
-                return int(value)
-        return 0
+            client.key_value_set(request, str(wanted), allow_overwrite=True)
+        said = dict(client.key_value_dir_get(self._name))
+        if is_main() and request in said and announcement not in said:
+            said[announcement] = f'{self._calls + 2} {said[request]}'
+            client.key_value_set(announcement, said[announcement])
+        call, value = said.get(announcement, '0 0').split()
+        return int(value) if self._calls >= int(call) else 0
 
 
 def _join() -> None:
@@ -151,9 +147,10 @@ def _join() -> None:
         timer.cancel()
 
 
-def _leave() -> None:
+def _leave(watch: '_Watch') -> None:
     import jax
 
+    watch.stop()
     jax.distributed.shutdown()
 
 
@@ -180,16 +177,21 @@ class _Watch:
         self._stopped.set()
         self._thread.join()
 
-    def publish(self, error: CommandError) -> None:
-        """Tells the others that this process fails."""
-        message = ' '.join(str(error).split())
-        _client().key_value_set(f'failed/{process_id()}', f'{error.exit_code} {self._name}: {message}')
-        self._stopped.wait(2 * SIGN_OF_LIFE)  # the service must live until they have read it
+    def fail(self, error: Exception) -> NoReturn:
+        """Ends this process with its error, and the others with its message."""
+        import jax
 
-    def blame(self, error: Exception) -> None:
-        """Waits for the watch to end the process, where an error may come from another process's end."""
-        if 'Gloo' in str(error) or 'NCCL' in str(error) or 'coordination' in str(error).lower():
-            self._stopped.wait(2 * LOST_AFTER)
+        if any(isinstance(each, jax.errors.JaxRuntimeError) for each in (error, error.__cause__)):
+            self._stopped.wait(2 * LOST_AFTER)  # a collective may have failed since another is gone: `_run` will say so
+        if isinstance(error, CommandError):
+            exit_code, message = error.exit_code, ' '.join(str(error).split())
+        else:
+            exit_code, message = 1, f'{type(error).__name__}, see its traceback'
+            traceback.print_exception(error)
+        with contextlib.suppress(Exception):
+            _client().key_value_set(f'failed/{process_id()}', f'{exit_code} {self._name}: {message}')
+            time.sleep(2 * GRACE if is_main() else 0)  # its service must live until the others have read this and ended
+        _end(exit_code, message)
 
     def _run(self) -> None:
         signs, failures = 0, 0
@@ -204,7 +206,7 @@ class _Watch:
             except Exception:  # process 0 holds the service
                 failures += 1
                 if failures > 2 and not self._stopped.is_set():
-                    _end(PeerError.exit_code, 'process 0 is gone')
+                    _end(PeerError.exit_code, f'process 0 is gone; {AGAIN}')
                 continue
             for _, failure in failed:
                 code, message = failure.split(' ', 1)
@@ -217,10 +219,10 @@ class _Watch:
                 self._seen[number] = (sign, now if sign != last else since)
                 if now - self._seen[number][1] > LOST_AFTER and not self._stopped.is_set():
                     names = dict(client.key_value_dir_get('names'))
-                    _end(PeerError.exit_code, f'{names.get(f"names/{number}", f"process {number}")} is gone')
+                    _end(PeerError.exit_code, f'{names.get(f"names/{number}", f"process {number}")} is gone; {AGAIN}')
 
 
 def _end(exit_code: int, reason: str) -> NoReturn:
     """Ends the process at once: its main thread may wait for a process that is no more."""
-    print(f'error: {reason}; start the run again to go on from its last checkpoint', file=sys.stderr, flush=True)
+    print(f'error: {reason}', file=sys.stderr, flush=True)
     os._exit(exit_code)

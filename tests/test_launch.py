@@ -1,8 +1,12 @@
 """launch.sh: what it runs, and how it fails; the installation itself is what CI begins with."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -112,3 +116,176 @@ def test_a_python_that_is_too_old_or_missing_is_one_line(installed, tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith('error: ')
         assert done.stderr.count('\n') == 1
+
+
+IDENTITY = ['COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID', 'LOCAL_DEVICE_IDS', 'NCCL_SOCKET_IFNAME']
+
+
+@pytest.fixture
+def telling(installed):
+    """The same, but python appends to `told` who it is."""
+    told = ' '.join(f'{name}=${{{name}:-}}' for name in IDENTITY)
+    python = installed / '.venv' / 'bin' / 'python'
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *socket*) echo 23456 ;; *flax*) echo "{told}" >>{installed}/told ;; esac\n'
+    )
+    make_venv_that_installs(installed)
+    return installed
+
+
+def who(directory):
+    """What the processes told, by process."""
+    lines = (directory / 'told').read_text().splitlines()
+    said = [dict(field.split('=') for field in line.split(' ')) for line in lines]
+    return sorted(said, key=lambda each: each['PROCESS_ID'])
+
+
+def test_processes_of_one_machine_share_its_devices_on_loopback(telling):
+    python = str(telling / 'fake-python')
+    done = launch(telling, '--processes', '2', 'configs/cnn.py', PYTHON=python, CUDA_VISIBLE_DEVICES='0,1,2,3')
+    assert done.returncode == 0, done.stderr
+    first, second = who(telling)
+    assert first == {
+        'COORDINATOR_ADDRESS': '127.0.0.1:23456',
+        'NUM_PROCESSES': '2',
+        'PROCESS_ID': '0',
+        'LOCAL_DEVICE_IDS': '0,1',
+        'NCCL_SOCKET_IFNAME': 'lo',
+    }
+    assert second == first | {'PROCESS_ID': '1', 'LOCAL_DEVICE_IDS': '2,3'}
+
+
+@pytest.mark.parametrize('count', ['0', 'two', ''])
+def test_a_number_of_processes_that_is_none_is_one_line(installed, count):
+    done = launch(installed, '--processes', count, 'configs/cnn.py')
+    assert (done.returncode, done.stderr) == (2, f"error: --processes takes a number, not '{count}'\n")
+
+
+def test_a_process_that_fails_is_named_and_its_exit_code_is_the_runs(installed):
+    python = installed / '.venv' / 'bin' / 'python'
+    python.write_text('#!/bin/sh\ncase "$*" in *flax*) [ "$PROCESS_ID" = 0 ] || exit 5 ;; *) echo 1 ;; esac\n')
+    done = launch(installed, '--processes', '3', 'configs/cnn.py', PYTHON=make_venv_that_installs(installed))
+    assert done.returncode == 5
+    assert 'process 1 of 3 ended with exit code 5' in done.stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_each_process_once(installed, number):
+    python = installed / '.venv' / 'bin' / 'python'
+    python.write_text(
+        f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+if 'flax' not in ' '.join(sys.argv):
+    sys.exit(print(23456))
+log = pathlib.Path('{installed}') / ('log' + os.environ['PROCESS_ID'])
+for each in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(each, lambda number, _: log.open('a').write(f'{{number}};'))
+log.write_text('ready;')
+while log.read_text() == 'ready;':
+    time.sleep(0.05)
+time.sleep(0.5)
+sys.exit(128 + {int(number)})
+"""
+    )
+    environment = os.environ | {'PYTHON': make_venv_that_installs(installed)}
+    process = subprocess.Popen([installed / 'launch.sh', '--processes', '2', 'configs/cnn.py'], env=environment)
+    logs = [installed / f'log{process_id}' for process_id in range(2)]
+    end = time.monotonic() + 60
+    while not all(log.exists() and log.read_text() == 'ready;' for log in logs) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert [log.read_text() for log in logs] == [f'ready;{int(number)};'] * 2
+
+
+SRUN = """#!/usr/bin/env bash
+# A job of 2 nodes x 2 tasks, as SLURM describes it to each task; all nodes are this machine.
+while [[ $1 == --* ]]; do echo "$1" >>"$SRUN_LOG"; shift; done
+export SLURM_STEP_ID=0 SLURM_STEPID=0 SLURM_STEP_NODELIST='127.0.0.[1-2]' SLURM_STEP_NUM_NODES=2
+export SLURM_STEP_NUM_TASKS=4 SLURM_STEP_TASKS_PER_NODE='2(x2)' SLURM_NTASKS=4 SLURM_NNODES=2
+for task in 0 1 2 3; do
+    SLURM_PROCID=$task SLURM_NODEID=$((task / 2)) SLURM_LOCALID=$((task % 2)) "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || exit; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """What a batch script of a job of 2 nodes x 2 tasks finds in its environment, and a stand-in for srun."""
+    tools = tmp_path / 'tools'
+    tools.mkdir()
+    (tools / 'srun').write_text(SRUN)
+    (tools / 'srun').chmod(0o755)
+    job = {
+        'SLURM_JOB_ID': str(os.getpid()),
+        'SLURM_JOB_NUM_NODES': '2',
+        'SLURM_NTASKS_PER_NODE': '2',
+        'SLURM_PROCID': '0',
+    }
+    return job | {'PATH': f'{tools}:{os.environ["PATH"]}', 'SRUN_LOG': str(tmp_path / 'srun.log')}
+
+
+def test_a_slurm_job_says_who_is_who(telling, slurm, tmp_path):
+    python = str(telling / 'fake-python')
+    done = launch(telling, 'configs/cnn.py', **slurm, PYTHON=python, CUDA_VISIBLE_DEVICES='0,1,2,3')
+    assert done.returncode == 0, done.stderr
+    processes = who(telling)
+    assert [process['PROCESS_ID'] for process in processes] == ['0', '1', '2', '3']
+    assert [process['LOCAL_DEVICE_IDS'] for process in processes] == ['0,1', '2,3'] * 2
+    assert {process['NUM_PROCESSES'] for process in processes} == {'4'}
+    (address,) = {process['COORDINATOR_ADDRESS'] for process in processes}
+    assert address.startswith('127.0.0.1:')
+    assert (tmp_path / 'srun.log').read_text() == '--kill-on-bad-exit=1\n'
+
+    (telling / 'told').unlink()  # where SLURM shows each task its own devices, they are not shared out again
+    launch(telling, 'configs/cnn.py', **slurm, PYTHON=python, CUDA_VISIBLE_DEVICES='0,1', SLURM_GPUS_PER_TASK='2')
+    assert [process['LOCAL_DEVICE_IDS'] for process in who(telling)] == [''] * 4
+
+
+@pytest.mark.parametrize(
+    ('nodes', 'host'),
+    [('gpu3', 'gpu3'), ('gpu[003-010,12]', 'gpu003'), ('a[7,9],b', 'a7'), ('left,right', 'left'), ('n-1.x', 'n-1.x')],
+)
+def test_process_0_is_on_the_first_node(telling, nodes, host):
+    task = {'SLURM_JOB_ID': '1', 'SLURM_STEP_ID': '0', 'SLURM_STEP_NODELIST': nodes, 'SLURM_STEP_NUM_TASKS': '3'}
+    task |= {'SLURM_PROCID': '2', 'SLURM_NODEID': '1', 'SLURM_LOCALID': '0', 'SLURM_STEP_TASKS_PER_NODE': '2,1'}
+    done = launch(telling, 'configs/cnn.py', PYTHON=str(telling / 'fake-python'), **task)
+    assert done.returncode == 0, done.stderr
+    (process,) = who(telling)
+    assert process['COORDINATOR_ADDRESS'] == f'{host}:12031'
+    assert (process['PROCESS_ID'], process['NUM_PROCESSES']) == ('2', '3')
+
+
+def test_open_mpi_says_who_is_who(telling):
+    task = {'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_LOCAL_RANK': '1'}
+    python = str(telling / 'fake-python')
+    done = launch(telling, 'configs/cnn.py', PYTHON=python, **task, OMPI_COMM_WORLD_LOCAL_SIZE='1')
+    assert done.returncode == 2
+    assert 'mpirun -x COORDINATOR_ADDRESS=HOST:PORT' in done.stderr
+    done = launch(telling, 'configs/cnn.py', PYTHON=python, **task, OMPI_COMM_WORLD_LOCAL_SIZE='2')
+    assert done.returncode == 0, done.stderr
+    (process,) = who(telling)
+    assert process['COORDINATOR_ADDRESS'].startswith('127.0.0.1:')
+    assert (process['PROCESS_ID'], process['NUM_PROCESSES']) == ('1', '2')
+
+
+def test_four_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_run_flags, tmp_path):
+    python = installed / '.venv' / 'bin' / 'python'
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"pip install"*) ;; *) exec {sys.executable} "$@" ;; esac\n')
+    done = launch(
+        installed,
+        ROOT / 'configs' / 'cnn.py',
+        *(flag for flag in small_run_flags if 'num_devices' not in flag),
+        '--config.num_epochs=1',
+        f'--workdir={tmp_path / "run"}',
+        **slurm,
+        PYTHON=make_venv_that_installs(installed),
+        PYTHONPATH=str(ROOT),
+        JAX_PLATFORMS='cpu',
+        JAX_NUM_CPU_DEVICES='1',
+    )
+    assert done.returncode == 0, done.stderr
+    assert '4 x cpu in 4 processes' in done.stdout
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['epochs_run'] == 1

@@ -1,0 +1,198 @@
+"""Several processes as one run: real processes, real signals, CPU devices joined by gloo on loopback."""
+
+import contextlib
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, read_history, restore_latest
+
+from flax_dlvc import rundir
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture
+def start_processes(start):
+    """Starts a run of several processes, `devices` CPU devices each; none of them outlives the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start_processes(count, devices, *arguments, **environment):
+            with socket.socket() as listener:
+                listener.bind(('127.0.0.1', 0))
+                port = listener.getsockname()[1]
+            environment |= {'COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'NUM_PROCESSES': str(count)}
+            environment |= {'JAX_NUM_CPU_DEVICES': str(devices)}
+            processes = [start('main', *arguments, PROCESS_ID=str(process), **environment) for process in range(count)]
+            for process in processes:
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+            return processes
+
+        yield start_processes
+
+
+def finish(processes, seconds=200):
+    """Waits for all; returns exit codes, stdouts and stderrs."""
+    end = time.monotonic() + seconds
+    outputs = [process.communicate(timeout=max(1, end - time.monotonic())) for process in processes]
+    return [process.returncode for process in processes], [out for out, _ in outputs], [err for _, err in outputs]
+
+
+def wait_for_step(workdir, step, seconds=120):
+    """Waits for a checkpoint of a step or a later one."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        saved = [int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdecimal()]
+        if saved and max(saved) >= step:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f'no checkpoint of step {step} in {workdir}')
+
+
+@pytest.fixture
+def flags(small_run_flags):
+    """A small run on all devices of a small ViT with dropout, augmentation and averaging: all randomness there is."""
+    size = {'embed_dim': 16, 'hidden_dim': 16, 'num_heads': 2, 'num_layers': 1, 'patch_size': 8}
+    return [
+        *('--config', ROOT / 'configs' / 'vit_dropout_augment.py'),
+        *(flag for flag in small_run_flags if 'num_devices' not in flag),
+        *(f'--config.model.{field}={value}' for field, value in size.items()),
+        *('--config.ema_decay=0.9', '--config.early_stopping.patience=0', '--config.num_epochs=50'),
+    ]
+
+
+def test_losses_do_not_depend_on_devices_and_processes(tmp_path, start_processes):
+    fields = ('dataset=digits', 'batch_size=128', 'num_epochs=1', 'splits.train=train[:90%]')
+    # Not AdamW, whose first updates are as large for a gradient that is rounding as for one that is not.
+    fields += ('splits.validation=train[90%:]', 'evaluation_batch_size=100', 'optimizer.name=sgd', 'learning_rate=0.05')
+    flags = ['--config', ROOT / 'configs' / 'cnn.py', *(f'--config.{field}' for field in fields)]
+    runs = {'1 device': (1, 1), '2 devices': (1, 2), '4 devices': (1, 4), '2 processes of 2 devices': (2, 2)}
+    results = {}
+    for name, (processes, devices) in runs.items():
+        workdir = tmp_path / name
+        codes, outputs, errors = finish(start_processes(processes, devices, *flags, '--workdir', workdir))
+        assert codes == [0] * processes, errors
+        assert 'test, best epoch 1' in outputs[0]
+        assert all('accuracy' not in output for output in outputs[1:])
+        results[name] = read_history(workdir)[0], json.loads((workdir / 'result.json').read_text())['test']
+    record, test = results.pop('1 device')
+    assert record['step'] == 10
+    for name, (other_record, other_test) in results.items():
+        for field in ('train_loss', 'validation_loss'):
+            assert other_record[field] == pytest.approx(record[field], rel=1e-5), name
+        for field in ('train_accuracy', 'validation_accuracy'):
+            assert other_record[field] == record[field], name
+        assert other_test['cross_entropy'] == pytest.approx(test['cross_entropy'], rel=1e-5)
+        assert other_test['per_class_accuracy'] == test['per_class_accuracy'], name
+
+
+def test_stopped_on_four_devices_it_goes_on_in_two_processes_and_is_evaluated_on_one(
+    tmp_path, start_processes, command, flags
+):
+    flags = [*flags, '--config.dropout_rate=0.0']  # whose masks depend on the devices
+    here = ['--workdir', tmp_path / 'run']
+    (process,) = start_processes(1, 4, *flags, *here, '--config.checkpoint_every_steps=1')
+    wait_for_step(tmp_path / 'run', 5)
+    process.send_signal(signal.SIGTERM)
+    codes, _, errors = finish([process])
+    assert codes == [143], errors
+    codes, outputs, errors = finish(start_processes(2, 1, *flags, *here))
+    assert codes == [0, 0], errors
+    assert 'going on after step' in outputs[0]
+    assert [record['epoch'] for record in read_history(tmp_path / 'run')] == list(range(1, 51))
+
+    codes, _, errors = finish(start_processes(1, 1, *flags, '--workdir', tmp_path / 'whole'))
+    assert codes == [0], errors
+    for record, expected in zip(read_history(tmp_path / 'run'), read_history(tmp_path / 'whole'), strict=True):
+        # Rounding grows from step to step; another order of examples would show in the first digit.
+        assert record['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-3)
+    done = command('evaluate', '--workdir', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr
+    evaluation = json.loads((tmp_path / 'run' / 'evaluation-test.json').read_text())
+    test = json.loads((tmp_path / 'run' / 'result.json').read_text())['test']
+    assert evaluation['cross_entropy'] == pytest.approx(test['cross_entropy'], rel=1e-5)
+    assert evaluation['accuracy'] == test['accuracy']
+
+
+@pytest.fixture
+def whole(tmp_path, start_processes, flags):
+    """A run of two processes that nobody interrupted."""
+    codes, _, errors = finish(start_processes(2, 1, *flags, '--workdir', tmp_path / 'whole'))
+    assert codes == [0, 0], errors
+    return tmp_path / 'whole'
+
+
+def check_same(workdir, whole):
+    assert read_history(workdir) == read_history(whole)
+    assert (workdir / 'result.json').read_text() == (whole / 'result.json').read_text()
+    jax.tree.map(np.testing.assert_array_equal, restore_latest(workdir), restore_latest(whole))
+
+
+def test_a_killed_process_takes_the_other_down_and_the_run_goes_on_later(tmp_path, start_processes, flags, whole):
+    flags = [*flags, '--workdir', tmp_path / 'run']
+    for victim, step in ((1, 5), (0, 50)):
+        processes = start_processes(2, 1, *flags, '--config.checkpoint_every_steps=1')
+        wait_for_step(tmp_path / 'run', step)
+        processes[victim].kill()
+        codes, _, errors = finish(processes, 60)
+        assert codes[victim] == -signal.SIGKILL
+        if victim == 1:
+            assert codes[0] == 5, errors[0]
+            assert errors[0].startswith('error: process 1 of 2 on ') and 'is gone; start the run again' in errors[0]
+            assert errors[0].count('\n') == 1
+        else:  # JAX itself ends a process that has lost the coordination service, which is process 0's
+            assert codes[1] not in (0, None), errors[1]
+            assert 'the leader task' in errors[1].lower()
+        assert not (tmp_path / 'run' / 'result.json').exists()
+    codes, outputs, errors = finish(start_processes(2, 1, *flags))
+    assert codes == [0, 0], errors
+    assert 'going on after step' in outputs[0]
+    check_same(tmp_path / 'run', whole)
+
+
+@pytest.mark.parametrize('receiver', [0, 1])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, start_processes, flags, whole, receiver):
+    flags = [*flags, '--workdir', tmp_path / 'run']
+    processes = start_processes(2, 1, *flags)
+    wait_for_step(tmp_path / 'run', 4)
+    processes[receiver].send_signal(signal.SIGTERM)
+    codes, _, errors = finish(processes, 60)
+    assert codes == [143, 143], errors
+    assert len({error.splitlines()[-1] for error in errors}) == 1  # the same step
+    assert 'stopped by SIGTERM, saved at step' in errors[0]
+    codes, _, errors = finish(start_processes(2, 1, *flags))
+    assert codes == [0, 0], errors
+    check_same(tmp_path / 'run', whole)
+
+
+def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_processes, flags):
+    flags = [*flags, '--workdir', tmp_path / 'run']
+    (tmp_path / 'run').mkdir()
+    with rundir.lock(tmp_path / 'run'):
+        codes, _, errors = finish(start_processes(2, 1, *flags), 100)
+    assert codes == [2, 2], errors
+    assert all('another process is training in' in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ('environment', 'message'),
+    [
+        ({'NUM_PROCESSES': '2', 'PROCESS_ID': '0'}, 'COORDINATOR_ADDRESS must be HOST:PORT'),
+        ({'NUM_PROCESSES': 'two'}, "NUM_PROCESSES must be a whole number, not 'two'"),
+        ({'NUM_PROCESSES': '2', 'PROCESS_ID': '2', 'COORDINATOR_ADDRESS': 'localhost:1'}, 'PROCESS_ID is 2, but'),
+        (
+            {'NUM_PROCESSES': '2', 'COORDINATOR_ADDRESS': 'localhost:1', 'LOCAL_DEVICE_IDS': '0;1'},
+            "LOCAL_DEVICE_IDS must be numbers with commas between them, not '0;1'",
+        ),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command, flags, environment, message):
+    done = command('main', *flags, '--workdir', tmp_path / 'run', **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1
+    assert not (tmp_path / 'run').exists()
