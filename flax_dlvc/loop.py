@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import data, distributed, rundir, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import DivergedError, StoppedError
-from flax_dlvc.evaluate import describe, evaluate
+from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
@@ -143,7 +143,8 @@ def train(
                 display.epoch(record, progress.stopping)
 
             checkpoints.wait()
-            best, _ = checkpoints.restore(checkpoints.find('best'), setup.abstract_state)
+            best_step = checkpoints.find('best')
+            best, _ = checkpoints.restore(best_step, setup.abstract_state)
             test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
         except StopRequested as request:
             save(checkpoints, state, progress, setup)
@@ -152,11 +153,13 @@ def train(
             message = f'stopped by {name}, saved at step {int(state.step)} in {workdir}; the same command goes on'
             raise StoppedError(message, request.signal_number) from None
 
-    del test['confusion_matrix']
+    evaluation = describe_origin(config, 'test', best_step) | test
+    del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs
     best_epoch = progress.stopping.best_epoch
     if distributed.is_main():
+        rundir.write_evaluation(workdir, 'test', evaluation)
         plot_curves(
             progress.history,
             title=f'{config.name} on {config.dataset}',
@@ -174,6 +177,7 @@ def train(
         'rewinds': progress.rewinds,
         'num_parameters': count_parameters(state),
         'test': test,
+        'environment': setup.environment,
     }
 
 
