@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
@@ -62,12 +61,18 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
         setup = set_up(config)
         state, _ = checkpoints.restore(step, setup.abstract_state)
     metrics = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
-    return describe_origin(config, split_name, step) | metrics
+    return describe_origin(setup, split_name, step) | metrics
 
 
-def describe_origin(config: ConfigDict, split_name: str, step: int) -> dict[str, Any]:
+def describe_origin(setup: Setup, split_name: str, step: int) -> dict[str, Any]:
     """What `evaluation-SPLIT.json` says of itself before its metrics."""
-    return {'config_name': config.name, 'dataset': config.dataset, 'split': split_name, 'step': step}
+    return {
+        'config_name': setup.config.name,
+        'dataset': setup.config.dataset,
+        'split': split_name,
+        'step': step,
+        'class_names': list(setup.dataset.class_names),
+    }
 
 
 def main(argv: list[str]) -> None:

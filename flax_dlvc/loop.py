@@ -44,18 +44,26 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if result is None:
         with distributed.joined():
             setup = set_up(config)
-            with (
-                claimed(workdir, config),
-                Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
-                Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
-            ):
-                result = train_and_rewind(setup, workdir, checkpoints, display)
-                if distributed.is_main():
-                    rundir.write_result(workdir, result)
+            display = Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch)
+            result = carry_out(setup, workdir, display)
     ended = 'stopped early' if result['stopped_early'] else 'ended'
     print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
     print(f'test, best epoch {result["best_epoch"]}: {describe(result["test"])}')
     print(f'curves: {workdir / "curves.png"}')
+    return result
+
+
+def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
+    """As `run`, of a setup that is there already and a directory that may be used; shows nothing but on the display."""
+    config = setup.config
+    with (
+        claimed(workdir, config),
+        Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
+        display,
+    ):
+        result = train_and_rewind(setup, workdir, checkpoints, display)
+        if distributed.is_main():
+            rundir.write_result(workdir, result)
     return result
 
 
@@ -153,7 +161,7 @@ def train(
             message = f'stopped by {name}, saved at step {int(state.step)} in {workdir}; the same command goes on'
             raise StoppedError(message, request.signal_number) from None
 
-    evaluation = describe_origin(config, 'test', best_step) | test
+    evaluation = describe_origin(setup, 'test', best_step) | test
     del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs
