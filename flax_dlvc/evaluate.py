@@ -13,7 +13,7 @@ import jax
 from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
-from flax_dlvc.metrics import summarize
+from flax_dlvc.metrics import EvaluationSums, summarize
 from flax_dlvc.setup import Setup, set_up
 
 
@@ -35,7 +35,7 @@ def evaluate(
         What `metrics.summarize` returns.
     """
     images, labels = split
-    sums = setup.empty_sums()
+    sums = setup.empty_sums(EvaluationSums)
     batches = data.evaluation_batches(len(labels), setup.config.evaluation_batch_size, len(setup.devices))
     for indices in steps.calls(batches, 0, setup.steps_per_call):
         between_calls()
@@ -61,7 +61,18 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
         setup = set_up(config)
         state, _ = checkpoints.restore(step, setup.abstract_state)
     metrics = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
-    return {'config_name': config.name, 'dataset': config.dataset, 'split': split_name, 'step': step} | metrics
+    return describe_origin(setup, split_name, step) | metrics
+
+
+def describe_origin(setup: Setup, split_name: str, step: int) -> dict[str, Any]:
+    """What `evaluation-SPLIT.json` says of itself before its metrics."""
+    return {
+        'config_name': setup.config.name,
+        'dataset': setup.config.dataset,
+        'split': split_name,
+        'step': step,
+        'class_names': list(setup.dataset.class_names),
+    }
 
 
 def main(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import data, distributed, rundir, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import DivergedError, StoppedError
-from flax_dlvc.evaluate import describe, evaluate
+from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
@@ -44,18 +44,26 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if result is None:
         with distributed.joined():
             setup = set_up(config)
-            with (
-                claimed(workdir, config),
-                Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
-                Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
-            ):
-                result = train_and_rewind(setup, workdir, checkpoints, display)
-                if distributed.is_main():
-                    rundir.write_result(workdir, result)
+            display = Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch)
+            result = carry_out(setup, workdir, display)
     ended = 'stopped early' if result['stopped_early'] else 'ended'
     print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
     print(f'test, best epoch {result["best_epoch"]}: {describe(result["test"])}')
     print(f'curves: {workdir / "curves.png"}')
+    return result
+
+
+def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
+    """As `run`, of a setup that is there already and a directory that may be used; shows nothing but on the display."""
+    config = setup.config
+    with (
+        claimed(workdir, config),
+        Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
+        display,
+    ):
+        result = train_and_rewind(setup, workdir, checkpoints, display)
+        if distributed.is_main():
+            rundir.write_result(workdir, result)
     return result
 
 
@@ -143,7 +151,8 @@ def train(
                 display.epoch(record, progress.stopping)
 
             checkpoints.wait()
-            best, _ = checkpoints.restore(checkpoints.find('best'), setup.abstract_state)
+            best_step = checkpoints.find('best')
+            best, _ = checkpoints.restore(best_step, setup.abstract_state)
             test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
         except StopRequested as request:
             save(checkpoints, state, progress, setup)
@@ -152,11 +161,13 @@ def train(
             message = f'stopped by {name}, saved at step {int(state.step)} in {workdir}; the same command goes on'
             raise StoppedError(message, request.signal_number) from None
 
-    del test['confusion_matrix']
+    evaluation = describe_origin(setup, 'test', best_step) | test
+    del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs
     best_epoch = progress.stopping.best_epoch
     if distributed.is_main():
+        rundir.write_evaluation(workdir, 'test', evaluation)
         plot_curves(
             progress.history,
             title=f'{config.name} on {config.dataset}',
@@ -174,6 +185,7 @@ def train(
         'rewinds': progress.rewinds,
         'num_parameters': count_parameters(state),
         'test': test,
+        'environment': setup.environment,
     }
 
 

@@ -59,7 +59,7 @@ def create(workdir: Path, config: ConfigDict) -> None:
     if not os.access(workdir, os.W_OK):
         raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
     if not (workdir / 'config.json').exists():
-        _write(workdir / 'config.json', config_module.to_json(config))
+        write_text(workdir / 'config.json', config_module.to_json(config))
 
 
 @contextlib.contextmanager
@@ -113,22 +113,44 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
     """Writes metrics.jsonl, a line per epoch."""
-    _write(workdir / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in history))
+    write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in history))
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
     """Writes result.json: the run has ended."""
-    _write(workdir / 'result.json', json.dumps(result, indent=2) + '\n')
+    write_text(workdir / 'result.json', json.dumps(result, indent=2) + '\n')
 
 
 def write_evaluation(workdir: Path, split: str, metrics: dict[str, Any]) -> Path:
     """Writes evaluation-SPLIT.json and returns its path."""
     path = workdir / f'evaluation-{split}.json'
-    _write(path, json.dumps(metrics, indent=2) + '\n')
+    write_text(path, json.dumps(metrics, indent=2) + '\n')
     return path
 
 
-def _write(path: Path, text: str) -> None:
+def write_failure(workdir: Path, message: str) -> None:
+    """Writes failure.json: why a run of a study did not end; an empty message removes it."""
+    path = workdir / 'failure.json'
+    if message:
+        write_text(path, json.dumps({'message': message}) + '\n')
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_failure(workdir: Path) -> str:
+    """Why the run did not end; '' where no failure was written."""
+    try:
+        return str(json.loads((workdir / 'failure.json').read_text())['message'])
+    except (OSError, KeyError, TypeError, ValueError):
+        return ''
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with temporary.open('w') as file:

@@ -1,15 +1,18 @@
 """What a config stands for: its dataset, model, optimiser, devices and compiled steps, built once per run."""
 
 import dataclasses
+import subprocess
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from flax_dlvc import data, optim, steps
+from flax_dlvc import checkpoint, data, optim, steps
 from flax_dlvc.augment import make_augmentation
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums
@@ -28,6 +31,12 @@ class Setup:
     def num_classes(self) -> int:
         """Classes of the dataset, outputs of the model."""
         return len(self.dataset.class_names)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What computes: versions, devices, and the package's commit where it lies in a git checkout."""
+        devices = f'{len(self.devices)} x {self.devices[0].device_kind}'
+        return checkpoint.versions() | {'devices': devices, 'commit': _commit()}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,9 +74,13 @@ class Setup:
         """The optimiser, with the schedule inside."""
         return optim.make_optimizer(self.config, self.schedule)
 
+    @property
+    def train_step(self) -> Callable[..., tuple[steps.TrainState, Sums]]:
+        """The training step of `steps.make_train_step`, with the config's seed."""
+        return partial(self._train_step, self._seed)
+
     @cached_property
-    def train_step(self) -> steps.TrainStep:
-        """The training step of `steps.make_train_step`."""
+    def _train_step(self) -> steps.TrainStep:
         return steps.make_train_step(
             model=self.model,
             optimizer=self.optimizer,
@@ -77,7 +90,6 @@ class Setup:
             label_smoothing=self.config.label_smoothing,
             ema_decay=self.config.ema_decay,
             accumulate_steps=self.config.accumulate_steps,
-            seed=self.config.seed,
             devices=self.devices,
         )
 
@@ -90,38 +102,58 @@ class Setup:
 
     def create_state(self) -> steps.TrainState:
         """The initial training state, on every device."""
+        return self._create_state(self._seed)
+
+    @cached_property
+    def _create_state(self) -> Callable[..., steps.TrainState]:
         # Compiled as a whole: operation by operation, compiling takes up to seven times as long.
-        return jax.jit(self._initialize, out_shardings=self.replicated)()
+        return jax.jit(self._initialize, out_shardings=self.replicated)
 
     @cached_property
     def abstract_state(self) -> steps.TrainState:
         """Shapes, dtypes and placement of a training state, without its values; what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._initialize)
+        shapes = jax.eval_shape(self._initialize, self._seed)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated), shapes)
 
-    def _initialize(self) -> steps.TrainState:
+    @property
+    def _seed(self) -> np.uint32:
+        return np.uint32(self.config.seed)
+
+    def _initialize(self, seed: jax.Array) -> steps.TrainState:
         return steps.create_state(
             self.model,
             self.optimizer,
             self.dataset.image_shape,
             self.num_classes,
-            self.config.seed,
+            seed,
             self.config.ema_decay,
         )
 
-    def empty_sums(self) -> Sums:
+    def empty_sums(self, kind: type[Sums] = Sums) -> Sums:
         """Sums over no examples, on every device."""
-        return self._empty_sums()
+        return self._empty_sums(kind)
 
     @cached_property
-    def _empty_sums(self) -> Callable[[], Sums]:
-        return jax.jit(lambda: Sums.empty(self.num_classes), out_shardings=self.replicated)
+    def _empty_sums(self) -> Callable[[type[Sums]], Sums]:
+        def empty(kind: type[Sums]) -> Sums:
+            return kind.empty(self.num_classes)
+
+        return jax.jit(empty, static_argnums=0, out_shardings=self.replicated)
 
     def with_learning_rate(self, learning_rate: float) -> 'Setup':
         """The same with another learning rate."""
         config = self.config.copy_and_resolve_references()
         config.learning_rate = learning_rate
         return dataclasses.replace(self, config=config)
+
+    def with_seed(self, seed: int) -> 'Setup':
+        """The same with another seed; what is compiled is shared, since the seed is an argument of it."""
+        config = self.config.copy_and_resolve_references()
+        config.seed = seed
+        other = dataclasses.replace(self, config=config)
+        for name in ('schedule', '_train_step', 'evaluation_step', '_create_state', 'abstract_state', '_empty_sums'):
+            other.__dict__[name] = getattr(self, name)  # where a cached property keeps its value
+        return other
 
     def place(self, split: data.Split) -> tuple[jax.Array, jax.Array]:
         """A split's images and labels, on every device of this process."""
@@ -151,3 +183,17 @@ def set_up(config: ConfigDict) -> Setup:
             'examples that each device has in a step; set --config.accumulate_steps'
         )
     return Setup(config, dataset, devices)
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file belongs to, with '-dirty' where files were changed since; or ''."""
+
+    def git(*arguments: str) -> str:
+        command = ['git', '-C', str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git('ls-files', '--error-unmatch', Path(__file__).name)  # not merely below somebody else's checkout
+        return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+    except (OSError, subprocess.SubprocessError):
+        return ''

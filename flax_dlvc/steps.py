@@ -22,17 +22,17 @@ from jax.experimental import multihost_utils
 
 from flax_dlvc.augment import Augmentation
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.metrics import Sums, cross_entropy
+from flax_dlvc.metrics import EvaluationSums, Sums, cross_entropy
 
 AXIS = 'devices'
 
 # glibc's malloc.h: no mapping of its own for a large buffer, never trim the heap, one heap.
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
 
-# (state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, copy of state.sums)
+# (seed, state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, copy of state.sums)
 TrainStep = Callable[..., tuple['TrainState', Sums]]
 # (variables, sums, images (N, H, W, C), labels (N,), indices (D, S, B)) -> sums
-EvaluationStep = Callable[..., Sums]
+EvaluationStep = Callable[..., EvaluationSums]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -103,7 +103,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     image_shape: Sequence[int],
     num_classes: int,
-    seed: int,
+    seed: int | jax.Array,
     ema_decay: float = 0.0,
 ) -> TrainState:
     """Initialises a state on one device; a pure function of its arguments."""
@@ -142,7 +142,6 @@ def make_train_step(
     label_smoothing: float,
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
-    seed: int,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
     """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
@@ -160,14 +159,13 @@ def make_train_step(
         label_smoothing: probability mass spread over all classes; the reported loss contains it.
         ema_decay: of the moving average of the parameters, per step; 0 keeps none.
         accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
-        seed: of augmentation and dropout.
         devices: to run on; the state and the split must be replicated over them.
 
     Returns:
-        The compiled step. It takes the state (and frees it), images, labels and indices (D, S, B), and returns the new
-        state and a copy of its sums that the next call does not free.
+        The compiled step. It takes the seed of augmentation and dropout (uint32, so that runs that differ in it share
+        the program), the state (and frees it), images, labels and indices (D, S, B), and returns the new state and a
+        copy of its sums that the next call does not free.
     """
-    _, augmentation_key, dropout_key = _keys(seed)
 
     def loss_function(
         params: Any, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
@@ -180,30 +178,32 @@ def make_train_step(
         return losses.mean(), (sums, updated.get('batch_stats', {}))
 
     def differentiate(
-        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, key: jax.Array
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, keys: tuple[jax.Array, jax.Array]
     ) -> tuple[Any, Sums, Any]:
+        augmentation_key, dropout_key = keys
         batch = images[indices].astype(jnp.float32) / 255
         if augmentation is not None:
-            step_key = jax.random.fold_in(augmentation_key, state.step)
-            example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
+            example_keys = jax.vmap(jax.random.fold_in, (None, 0))(augmentation_key, indices)
             batch = jax.vmap(augmentation)(example_keys, batch)
         gradient_function = jax.grad(loss_function, has_aux=True)
         gradients, (sums, batch_stats) = gradient_function(
-            state.params, state, normalize(batch, mean, std), labels[indices], key
+            state.params, state, normalize(batch, mean, std), labels[indices], dropout_key
         )
         return gradients, sums, batch_stats
 
     def accumulate(
-        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, key: jax.Array
+        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, keys: tuple[jax.Array, jax.Array]
     ) -> tuple[Any, Sums, Any]:
         def add(carry: tuple[Any, Sums, Any], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, Sums, Any], None]:
             total, sums, batch_stats = carry
             number, indices = part
+            part_keys = augmentation_key, jax.random.fold_in(dropout_key, number)
             gradients, new_sums, batch_stats = differentiate(
-                state.replace(batch_stats=batch_stats), images, labels, indices, jax.random.fold_in(key, number)
+                state.replace(batch_stats=batch_stats), images, labels, indices, part_keys
             )
             return (jax.tree.map(jnp.add, total, gradients), sums.merge(new_sums), batch_stats), None
 
+        augmentation_key, dropout_key = keys
         nothing = jax.tree.map(jnp.zeros_like, (state.params, state.sums))
         parts = jnp.arange(accumulate_steps), indices.reshape(accumulate_steps, -1)
         (total, sums, batch_stats), _ = jax.lax.scan(add, (*nothing, state.batch_stats), parts)
@@ -211,9 +211,12 @@ def make_train_step(
 
     gradients_of = differentiate if accumulate_steps == 1 else accumulate
 
-    def update(state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array) -> TrainState:
-        key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
-        gradients, sums, batch_stats = gradients_of(state, images, labels, indices, key)
+    def update(
+        seed: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> TrainState:
+        _, augmentation_key, dropout_key = (jax.random.fold_in(key, state.step) for key in _keys(seed))
+        keys = augmentation_key, jax.random.fold_in(dropout_key, jax.lax.axis_index(AXIS))
+        gradients, sums, batch_stats = gradients_of(state, images, labels, indices, keys)
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -227,14 +230,19 @@ def make_train_step(
         )
 
     def train_step(
-        state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
+        seed: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
     ) -> tuple[TrainState, Sums]:
-        state = _fold(lambda state, batch: update(state, images, labels, batch), state, indices)
+        state = _fold(lambda state, batch: update(seed, state, images, labels, batch), state, indices)
         return state, state.sums
 
     return _on_devices(
         jax.pmap(
-            train_step, AXIS, in_axes=(None, None, None, 0), out_axes=(None, None), donate_argnums=0, devices=devices
+            train_step,
+            AXIS,
+            in_axes=(None, None, None, None, 0),
+            out_axes=(None, None),
+            donate_argnums=1,
+            devices=devices,
         ),
         devices,
     )
@@ -245,14 +253,18 @@ def make_evaluation_step(
 ) -> EvaluationStep:
     """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none."""
 
-    def add(sums: Sums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
+    def add(
+        sums: EvaluationSums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> EvaluationSums:
         batch = images[indices].astype(jnp.float32) / 255
         logits: Any = model.apply(variables, normalize(batch, mean, std), train=False)
         losses = cross_entropy(logits, labels[indices])
-        new = Sums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
+        new = EvaluationSums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
         return sums.merge(jax.lax.psum(new, AXIS))
 
-    def evaluation_step(variables: Any, sums: Sums, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
+    def evaluation_step(
+        variables: Any, sums: EvaluationSums, images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> EvaluationSums:
         return _fold(lambda sums, batch: add(sums, variables, images, labels, batch), sums, indices)
 
     return _on_devices(

@@ -226,7 +226,7 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config
     loop.run(small_config, tmp_path / 'whole')
 
     calls = []
-    train_step = Setup.train_step.func
+    train_step = Setup.train_step.fget
 
     def signalling_train_step(self):
         step = train_step(self)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from flax_dlvc.metrics import ConfusionMatrix, Sums, cross_entropy, summarize
+from flax_dlvc.metrics import ConfusionMatrix, EvaluationSums, Sums, cross_entropy, summarize
 
 from_model_output = jax.jit(Sums.from_model_output)
 
@@ -118,3 +118,36 @@ def test_a_summary_is_plain_json(examples):
     assert json.loads(json.dumps(summary)) == summary
     keys = 'accuracy mean_class_accuracy cross_entropy per_class_accuracy num_examples confusion_matrix'
     assert list(summary) == keys.split()
+
+
+@pytest.mark.parametrize('sizes', [[53], [26, 26, 1]])
+def test_expected_calibration_error(examples, sizes):
+    """Against Guo et al.'s definition, bin by bin; masked examples, NaN here, do not count."""
+    logits, labels = examples
+    confidence, right = np.exp(log_softmax(logits)).max(-1), logits.argmax(-1) == labels
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert expected > 0.05
+    sums, start = EvaluationSums.empty(4), 0
+    for size in sizes:
+        padded = np.concatenate([logits[start : start + size], np.full((3, 4), np.nan, np.float32)])
+        known = np.concatenate([labels[start : start + size], [0, 0, 0]])
+        mask = np.arange(size + 3) < size
+        losses = cross_entropy(padded, known)
+        sums = sums.merge(EvaluationSums.from_model_output(losses=losses, logits=padded, labels=known, mask=mask))
+        start += size
+    summary = summarize(sums)
+    assert summary['expected_calibration_error'] == pytest.approx(expected, rel=1e-5)
+    assert summary['num_examples'] == 53
+
+
+@pytest.mark.parametrize(('logit', 'expected'), [(50.0, 0.0), (-50.0, 1.0), (0.0, 0.0)])
+def test_calibration_at_the_ends(logit, expected):
+    """Sure and right, sure and wrong, undecided between two classes and right half of the time."""
+    logits, labels = jnp.array([[logit, 0.0]] * 4), jnp.array([0, 0, 0, 0]) if logit else jnp.array([0, 1, 0, 1])
+    ones = jnp.ones(4, bool)
+    sums = EvaluationSums.from_model_output(losses=jnp.zeros(4), logits=logits, labels=labels, mask=ones)
+    assert summarize(sums)['expected_calibration_error'] == pytest.approx(expected, abs=1e-6)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from flax_dlvc import data, steps
-from flax_dlvc.metrics import Sums, cross_entropy, summarize
+from flax_dlvc.metrics import EvaluationSums, cross_entropy, summarize
 from flax_dlvc.models import create_model
 
 NUM_CLASSES, NUM_EXAMPLES, BATCH_SIZE = 10, 320, 32
@@ -47,13 +47,12 @@ def train(split, *, model, num_devices, steps_per_call=1, num_steps=10, augmenta
         mean=MEAN,
         std=STD,
         label_smoothing=0.0,
-        seed=3,
         devices=devices,
     )
     batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), BATCH_SIZE, num_devices)[:num_steps]
     totals = [0.0]
     for indices in steps.calls(batches, 0, steps_per_call):
-        state, sums = train_step(state, images, labels, indices)
+        state, sums = train_step(np.uint32(3), state, images, labels, indices)
         totals.append(float(sums.loss.total))
     return state, np.diff(totals) / BATCH_SIZE
 
@@ -154,13 +153,12 @@ def test_the_state_is_freed_and_the_sums_are_not(split):
         mean=MEAN,
         std=STD,
         label_smoothing=0.0,
-        seed=0,
         devices=devices,
     )
     placed = data.place(split, steps.replicated(devices))
     indices = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
-    after, sums = train_step(state, *placed, indices)
-    train_step(after, *placed, indices)
+    after, sums = train_step(np.uint32(0), state, *placed, indices)
+    train_step(np.uint32(0), after, *placed, indices)
     assert jax.tree.leaves(state.params)[0].is_deleted()
     assert int(sums.loss.count) == 8
 
@@ -175,7 +173,7 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
     variables = jax.device_put(state.variables, steps.replicated(devices))
     images, labels = data.place(split, steps.replicated(devices))
     evaluation_step = steps.make_evaluation_step(model=model, mean=MEAN, std=STD, devices=devices)
-    sums = jax.device_put(Sums.empty(NUM_CLASSES), steps.replicated(devices))
+    sums = jax.device_put(EvaluationSums.empty(NUM_CLASSES), steps.replicated(devices))
     small = 50 if batch_size == 2 else NUM_EXAMPLES  # a batch size of 2 on everything would take long
     for indices in steps.calls(data.evaluation_batches(small, batch_size, num_devices), 0, steps_per_call):
         sums = evaluation_step(variables, sums, images, labels, indices)

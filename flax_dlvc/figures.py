@@ -1,0 +1,228 @@
+"""A study's pictures, as PNG and SVG: curves, confusion matrices, accuracy by crop scale, augmented images.
+
+The same runs give the same bytes. Colours are those of Okabe and Ito's palette, which the colour-blind can tell apart;
+line styles and markers tell them apart in print.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flax_dlvc import answers, tables
+from flax_dlvc.errors import StorageError
+from flax_dlvc.tables import Cell
+
+ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
+STYLE: Any = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'flax_dlvc'}
+NUM_EXAMPLES = 8  # images in the strip
+
+
+def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
+    """Draws what there is to draw into `workdir/figures`.
+
+    Returns:
+        File stem and caption of each picture.
+    """
+    import matplotlib
+
+    drawn = []
+    directory = workdir / 'figures'
+    with matplotlib.rc_context(STYLE):
+        for stem, caption, figure in _figures(cells, workdir):
+            _save(figure, directory / stem)
+            drawn.append((stem, caption))
+    return drawn
+
+
+def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, Any]]:
+    for dataset, members in tables.datasets(cells).items():
+        suffix = '' if dataset == 'cifar10' else f'_{dataset.replace("/", "_")}'
+        for model, title in tables.MODELS.items():
+            # A picture compares regularisations; the axes that a study varied besides have pictures of their own.
+            plain = [c for c in members if c.model == model and tables.CROP_SCALE not in c.settings]
+            with_history = [cell for cell in plain if any(run.history for run in cell.runs)]
+            if with_history:
+                caption = (
+                    f'{title} on {dataset}: train (dashed) and validation (solid) by epoch. Lines are means over '
+                    'seeds, bands reach from the lowest to the highest; a triangle marks the end of each run.'
+                )
+                yield f'curves_{model}{suffix}', caption, curves(with_history)
+            evaluated = [cell for cell in plain if cell.finished and 'confusion_matrix' in cell.finished[0].evaluation]
+            if evaluated:
+                caption = (
+                    f'{title} on {dataset}: of the test images of a class (row), the share called each class, in %.'
+                )
+                yield f'confusion_{model}{suffix}', caption, confusion(evaluated)
+        series = answers.crop_scales(members)
+        if series:
+            caption = (
+                f'Test accuracy on {dataset} by the lowest area of a random crop; bars are ± one standard deviation.'
+            )
+            yield f'crop_scale{suffix}', caption, crop_scale(series)
+    if (workdir / 'examples.png').exists():
+        lowest = sorted({0.08, 0.25, 0.5, 0.75} | {c.config.augment.random_resized_crop_scale[0] for c in cells})
+        caption = 'What augmentation does to a few training images, by the lowest area of a crop: each row one draw.'
+        yield 'augmentation', caption, augmentation(workdir / 'examples.png', lowest)
+
+
+def curves(cells: Sequence[Cell]) -> Any:
+    """Loss (above) and accuracy (below) by epoch, a column per cell, all on the same scales."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 * len(cells) + 0.9, 4.6), layout='constrained')
+    axes = figure.subplots(2, len(cells), sharex=True, sharey='row', squeeze=False)
+    for column, cell in enumerate(cells):
+        for row, quantity in enumerate(('loss', 'accuracy')):
+            for split, colour, style in (('train', ORANGE, '--'), ('validation', BLUE, '-')):
+                _curve(axes[row, column], cell, f'{split}_{quantity}', colour, style, split)
+            axes[row, column].grid(alpha=0.25)
+            axes[row, column].xaxis.get_major_locator().set_params(integer=True)
+        axes[0, column].set_title(_short_title(cell), fontsize=9)
+        axes[1, column].set_xlabel('epoch')
+    axes[0, 0].set_ylabel('cross-entropy (nats)')
+    axes[1, 0].set_ylabel('accuracy')
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def _short_title(cell: Cell) -> str:
+    title = tables.REGULARIZATIONS[cell.regularization].replace(' and ', '\nand ')
+    seeds = len(cell.runs)
+    return f'{title}\n{seeds} seed{"s" * (seeds != 1)}' + (f', {cell.config.num_epochs} epochs at most')
+
+
+def _curve(axes: Any, cell: Cell, key: str, colour: str, style: str, label: str) -> None:
+    histories = [[record[key] for record in run.history] for run in cell.runs if run.history]
+    epochs = range(1, max(map(len, histories)) + 1)
+    by_epoch = [[history[epoch - 1] for history in histories if len(history) >= epoch] for epoch in epochs]
+    axes.plot(
+        epochs, [statistics.fmean(values) for values in by_epoch], style, color=colour, label=label, linewidth=1.4
+    )
+    if len(histories) > 1:
+        axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colour, alpha=0.2, lw=0)
+    for history in histories:
+        axes.plot(len(history), history[-1], marker='v', color=colour, markersize=4)
+
+
+def confusion(cells: Sequence[Cell]) -> Any:
+    """A matrix per cell, in percent of each row, summed over the seeds."""
+    from matplotlib.figure import Figure
+
+    names = tables.class_names(cells)
+    columns = min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    figure = Figure(figsize=(4.1 * columns, 4.3 * rows), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, cell in zip(grid, cells, strict=False):
+        matrices = [run.evaluation['confusion_matrix'] for run in cell.finished if 'confusion_matrix' in run.evaluation]
+        counts = np.sum(matrices, axis=0)
+        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap='cividis', vmin=0, vmax=100)
+        if len(names) <= 12:
+            for row, column in np.ndindex(shares.shape):
+                colour = 'black' if shares[row, column] > 55 else 'white'
+                if shares[row, column] >= 0.5:
+                    text = f'{shares[row, column]:.0f}'
+                    axes.text(column, row, text, ha='center', va='center', color=colour, fontsize=7)
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_title(tables.REGULARIZATIONS[cell.regularization], fontsize=9)
+        axes.set_xlabel('predicted')
+        axes.set_ylabel('true')
+    for axes in list(grid):
+        axes.remove()
+    return figure
+
+
+def crop_scale(series: Sequence[tuple[str, list[Cell]]]) -> Any:
+    """Accuracy by crop scale, a line per model and regularisation, a dot per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout='constrained')
+    axes = figure.subplots()
+    for number, (title, cells) in enumerate(series):
+        colour, marker, style = [
+            (BLUE, 'o', '-'), (ORANGE, 's', '--'), (GREEN, '^', '-.'), (PURPLE, 'D', ':'),
+        ][number % 4]  # fmt: skip
+        scales = [cell.config.augment.random_resized_crop_scale[0] for cell in cells]
+        values = [[100 * value for value in cell.values('accuracy')] for cell in cells]
+        deviations = [tables.deviation(runs) or 0.0 for runs in values]
+        means = [statistics.fmean(runs) for runs in values]
+        axes.errorbar(scales, means, deviations, color=colour, marker=marker, linestyle=style, capsize=3, label=title)
+        for scale, runs in zip(scales, values, strict=True):
+            axes.plot([scale] * len(runs), runs, '.', color=colour, alpha=0.5)
+    axes.set_xlabel('lowest area of a crop (fraction of the image)')
+    axes.set_ylabel('test accuracy (%)')
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+def save_examples(config: ConfigDict, path: Path) -> None:
+    """Writes training images of different classes, unchanged and side by side, as a PNG."""
+    from PIL import Image
+
+    from flax_dlvc import data
+
+    split = data.load(config).train
+    _, first = np.unique(split.labels, return_index=True)
+    images = np.concatenate([split.images[index] for index in sorted(first)[:NUM_EXAMPLES]], axis=1)
+    picture = images.squeeze(-1) if images.shape[-1] == 1 else images
+    temporary = path.with_suffix('.tmp.png')
+    try:
+        Image.fromarray(picture).save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
+
+
+def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
+    """The examples as they are, then crops by their lowest area, mirrored at random, two draws of each."""
+    import jax
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from flax_dlvc.augment import random_mirror, random_resized_crop
+
+    strip = np.asarray(Image.open(examples).convert('RGB'), np.float32) / 255
+    size = strip.shape[0]
+    images = jax.numpy.stack([strip[:, start : start + size] for start in range(0, strip.shape[1], size)])
+    rows = [('as it is', np.asarray(images))]
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+        for lowest in lowest_areas:
+            for draw in range(2):
+                keys = jax.random.split(jax.random.key(draw), (len(images), 2))
+
+                def augment(keys: jax.Array, image: jax.Array, scale: tuple[float, float] = (lowest, 1.0)) -> jax.Array:
+                    return random_mirror(
+                        keys[0], random_resized_crop(keys[1], image, scale=scale, ratio=(3 / 4, 4 / 3))
+                    )
+
+                rows.append((f'from {lowest:g}' if draw == 0 else '', np.asarray(jax.vmap(augment)(keys, images))))
+    figure = Figure(figsize=(0.75 * len(images) + 0.8, 0.75 * len(rows)), layout='constrained')
+    grid = figure.subplots(len(rows), len(images), squeeze=False)
+    for axes_of_row, (label, pictures) in zip(grid, rows, strict=True):
+        for axes, picture in zip(axes_of_row, pictures, strict=True):
+            axes.imshow(np.clip(picture, 0, 1), interpolation='nearest')
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        axes_of_row[0].set_ylabel(label, rotation=0, ha='right', va='center')
+    return figure
+
+
+def _save(figure: Any, stem: Path) -> None:
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, metadata in (('.png', {'Software': None}), ('.svg', {'Date': None, 'Creator': None})):
+            temporary = stem.with_name(f'.{stem.name}{suffix}')
+            figure.savefig(temporary, dpi=150, format=suffix[1:], metadata=metadata)
+            temporary.replace(stem.with_name(stem.name + suffix))
+    except OSError as error:
+        raise StorageError(f'cannot write {stem}: {error.strerror}; free space and start again') from error

@@ -1,0 +1,104 @@
+"""A study as one HTML file that fetches nothing."""
+
+import base64
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_dlvc import answers, config, tables
+from flax_dlvc.tables import Cell, Run
+
+
+def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]]) -> str:
+    """report.html: the questions, tables, figures, runs and how to repeat them; every text is escaped.
+
+    Args:
+        cells: of the study.
+        workdir: where its figures are.
+        drawn: what `figures.draw_all` returned.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader('flax_dlvc'),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    columns = [*tables.COLUMNS[:-1], ('Seconds per epoch', _seconds), tables.COLUMNS[-1]]
+    return (
+        environment.get_template('report.html').render(
+            datasets=tables.datasets(cells),
+            columns=columns,
+            sort_key=_sort_key,
+            per_class=lambda cell: [tables.percent(accuracy, 1) for accuracy in tables.per_class(cell)],
+            class_names=tables.class_names,
+            caption=tables.CAPTION,
+            answers=_blocks(answers.to_answers(cells)),
+            figures=[(caption, _data_uri(workdir / 'figures' / f'{stem}.svg')) for stem, caption in drawn],
+            runs=[run for cell in cells for run in cell.runs],
+            num_finished=sum(len(cell.finished) for cell in cells),
+            fields=lambda run: config.flatten(run.config),
+            command=command,
+        )
+        + '\n'
+    )
+
+
+def command(run: Run) -> str:
+    """The shell command that repeats a run."""
+    ours = config.flatten(run.config)
+    known = [
+        tables.config_name(model, regularization)
+        for model in tables.MODELS
+        for regularization in tables.REGULARIZATIONS
+    ]
+    name = run.config.name if run.config.name in known else 'default'
+    theirs = config.flatten(tables.base_config(name))
+    flags = [
+        f'--config.{f}={ours[f]}' for f in ours if f not in ('name', *config.EXECUTION_FIELDS) and ours[f] != theirs[f]
+    ]
+    return shlex.join(
+        ['python', '-m', 'flax_dlvc.main', '--config', f'configs/{name}.py', *flags, '--workdir', f'runs/{run.name}']
+    )
+
+
+def _seconds(cell: Cell) -> str:
+    seconds = [run.seconds_per_epoch for run in cell.runs if run.seconds_per_epoch]
+    return f'{sum(seconds) / len(seconds):.1f}' if seconds else '–'
+
+
+def _sort_key(text: str) -> str:
+    """The number that a cell of the table begins with; its text where there is none."""
+    first = text.split()[0].rstrip(',;') if text.split() else ''
+    try:
+        return str(float(first))
+    except ValueError:
+        return text
+
+
+def _data_uri(path: Path) -> str:
+    return f'data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}'
+
+
+def _blocks(markdown: str) -> list[tuple[str, Any]]:
+    """The few kinds of line that `answers.to_answers` writes, for the template: headings, items, tables, paragraphs."""
+    blocks: list[tuple[str, Any]] = []
+    for line in markdown.splitlines()[1:]:
+        text = line.replace('**', '').replace('`', '')
+        for character in '\\`*<>|':
+            text = text.replace(f'\\{character}', '\0' if character == '|' else character)
+        if line.startswith('## '):
+            blocks.append(('heading', text[3:]))
+        elif line.startswith(('* ', '  * ')):
+            blocks.append(('nested' if line.startswith(' ') else 'item', text.strip()[2:]))
+        elif line.startswith('|'):
+            if blocks[-1][0] != 'table':
+                blocks.append(('table', []))
+            if not line.startswith('| ---'):
+                blocks[-1][1].append([cell.strip().replace('\0', '|') for cell in text.strip('| ').split('|')])
+        elif line.strip():
+            blocks.append(('paragraph', text))
+    return blocks

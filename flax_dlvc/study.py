@@ -1,0 +1,504 @@
+"""The report's table and figures, with error bars: models by regularisations by seeds.
+
+`python -m flax_dlvc.study --workdir DIR [--models …] [--regularizations …] [--seeds N] [--vary FIELD=V1,V2 …]
+[--config.FIELD=VALUE …]` carries out what is not yet finished below DIR, then writes tables, figures, answers and
+report.html. A run is an ordinary run directory, DIR/CELL/seed_N.
+"""
+
+import ast
+import dataclasses
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+import configs
+from flax_dlvc import distributed, rundir, tables
+from flax_dlvc.config import differing_fields, flatten, parse_command_line
+from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, StoppedError, StorageError, run_command
+from flax_dlvc.tables import MODELS, REGULARIZATIONS
+
+if TYPE_CHECKING:
+    from flax_dlvc.report import Display
+    from flax_dlvc.setup import Setup
+
+# The grid
+
+
+@dataclasses.dataclass
+class Planned:
+    """A run of the grid, and how far it is."""
+
+    cell: str
+    config: ConfigDict
+    directory: Path
+    flags: tuple[str, ...]  # what makes the config file this config, besides the seed
+    state: str = 'waiting'  # then 'running', 'finished' or 'failed'
+    epochs: int = 0
+    best: float | None = None
+    seconds_per_epoch: float | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments of `python` that carry out this run alone."""
+        seed = (f'--config.seed={self.config.seed}',) if self.config.seed else ()
+        arguments = (*self.flags, *seed, f'--workdir={self.directory}')
+        return ['-m', 'flax_dlvc.main', f'--config={_config_file(self.config.name)}', *arguments]
+
+    @property
+    def epochs_left(self) -> int:
+        """At most; it may stop early."""
+        return 0 if self.state in ('finished', 'failed') else self.config.num_epochs - self.epochs
+
+
+def _config_file(name: str) -> Path:
+    return Path(configs.__path__[0]) / f'{name}.py'
+
+
+def plan(
+    workdir: Path,
+    *,
+    models: Sequence[str],
+    regularizations: Sequence[str],
+    seeds: int,
+    overrides: Sequence[str] = (),
+    vary: Sequence[str] = (),
+) -> list[Planned]:
+    """The grid, seeds innermost.
+
+    Args:
+        workdir: the study's directory.
+        models: names of `MODELS`.
+        regularizations: names of `REGULARIZATIONS`.
+        seeds: how many, from 0 on.
+        overrides: '--config.FIELD=VALUE' for every run.
+        vary: 'FIELD=V1,V2,…': an axis each. FIELD_min and FIELD_max are the ends of a (lowest, highest) field.
+
+    Raises:
+        ConfigError: a name, field or value is wrong.
+    """
+    axes = [[(field, value) for value in values] for field, values in map(_parse_axis, vary)]
+    grid: list[Planned] = []
+    for model, regularization in itertools.product(models, regularizations):
+        name = tables.config_name(model, regularization)
+        base = _parse_config(name, overrides)
+        for point in itertools.product(*axes):
+            flags, labels = list(overrides), []
+            for field, value in point:
+                if field.startswith('augment.random_resized_crop_') and not base.augment.random_resized_crop:
+                    continue  # it changes nothing where nothing is cropped
+                flag = _axis_flag(field, value, base)
+                if flatten(_parse_config(name, [*overrides, flag])) != flatten(base):
+                    flags.append(flag)
+                    labels.append(f'{field}={value}')
+            cell = ','.join([name, *labels])
+            if any(planned.cell == cell for planned in grid):
+                continue
+            for seed in range(seeds):
+                config = _parse_config(name, [*flags, f'--config.seed={seed}'])
+                grid.append(Planned(cell, config, workdir / cell / f'seed_{seed}', tuple(flags)))
+    return grid
+
+
+def _parse_config(name: str, flags: Sequence[str]) -> ConfigDict:
+    return parse_command_line(['study', f'--config={_config_file(name)}', *flags], lambda _: None).config
+
+
+def _parse_axis(text: str) -> tuple[str, list[str]]:
+    """'FIELD=V1,V2' to the field and its values; commas inside brackets belong to a value."""
+    field, equals, values = text.partition('=')
+    if not equals or not values or '/' in text:
+        raise ConfigError(f'--vary takes FIELD=V1,V2,…, not {text!r}')
+    parts, depth = [''], 0
+    for character in values:
+        depth += (character in '([') - (character in ')]')
+        if character == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += character
+    if '' in parts:
+        raise ConfigError(f'--vary {text!r} has an empty value')
+    if field in ('seed', 'name', 'model.name'):
+        raise ConfigError(f'--vary cannot vary {field}; see --seeds and --models')
+    return field, list(dict.fromkeys(parts))
+
+
+def _axis_flag(field: str, value: str, base: ConfigDict) -> str:
+    """The flag that sets a field, or one end of a (lowest, highest) field, to a value."""
+    fields = flatten(base)
+    stem, _, end = field.rpartition('_')
+    if field in fields or not isinstance(fields.get(stem), tuple) or end not in ('min', 'max'):
+        return f'--config.{field}={value}'
+    lowest, highest = fields[stem]
+    try:
+        number = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        raise ConfigError(f'{field} must be a number, not {value!r}') from None
+    return f'--config.{stem}={(number, highest) if end == "min" else (lowest, number)}'
+
+
+# Carrying it out
+
+
+def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
+    """Carries out what is not finished. A run that fails is noted in its directory, and the others go on.
+
+    Raises:
+        ConfigError: a directory holds another run than the grid's; nothing is started then.
+        StoppedError: SIGTERM or SIGINT; the run that was under way is saved.
+    """
+    for planned in grid:
+        if rundir.check(planned.directory, planned.config) is not None:
+            planned.state = 'finished'
+            board.note(planned)
+    waiting = [planned for planned in grid if planned.state != 'finished']
+    with _stop_between_runs(), board:
+        if parallel_runs > 1:
+            _in_processes(waiting, board, parallel_runs)
+        else:
+            _in_turn(waiting, board)
+
+
+@contextmanager
+def _stop_between_runs() -> Iterator[None]:
+    """SIGTERM between two runs ends the study like SIGTERM within one; within one, the loop sees to it."""
+
+    def handle(signal_number: int, frame: FrameType | None) -> None:
+        del frame
+        raise StoppedError('stopped between two runs; the same command goes on', signal_number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _in_turn(waiting: Sequence[Planned], board: 'Board') -> None:
+    """One run after the other in this process; runs that differ in their seeds alone share compiled programs."""
+    from flax_dlvc import loop
+
+    setup: Setup | None = None
+    for planned in waiting:
+        board.start(planned)
+        try:
+            setup = share(setup, planned.config)
+            loop.carry_out(setup, planned.directory, board.display(planned))
+            _ended(planned, board, '')
+        except (StoppedError, StorageError):
+            raise
+        except CommandError as error:
+            _ended(planned, board, str(error))
+        except Exception as error:  # whatever a device makes of a model that is too large for it
+            _ended(planned, board, f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+
+
+def share(setup: 'Setup | None', config: ConfigDict) -> 'Setup':
+    """The setup of a config, made of the last one where the two differ in nothing but the seed."""
+    from flax_dlvc.setup import set_up
+
+    if setup is not None and set(differing_fields(config, setup.config)) <= {'seed'}:
+        return setup.with_seed(config.seed)
+    return set_up(config)
+
+
+def _in_processes(waiting: Sequence[Planned], board: 'Board', parallel_runs: int) -> None:
+    """Up to `parallel_runs` at once: a process of `flax_dlvc.main` and a device each."""
+    queue = list(waiting)
+    active: dict[int, tuple[Planned, subprocess.Popen[str]]] = {}
+    try:
+        while queue or active:
+            for slot in range(parallel_runs):
+                if slot not in active and queue:
+                    planned = queue.pop(0)
+                    board.start(planned)
+                    active[slot] = planned, _start(planned, slot)
+            time.sleep(0.2)
+            for slot, (planned, process) in list(active.items()):
+                board.follow(planned)
+                if process.poll() is None:
+                    continue
+                del active[slot]
+                error = process.communicate()[1].strip().splitlines()
+                failure = error[-1].removeprefix('error: ') if error else f'exit code {process.returncode}'
+                if process.returncode == StorageError.exit_code:
+                    raise StorageError(failure)
+                _ended(planned, board, failure if process.returncode else '')
+    finally:
+        for _, process in active.values():
+            process.terminate()
+        for _, process in active.values():
+            process.communicate()
+
+
+def _start(planned: Planned, device: int) -> 'subprocess.Popen[str]':
+    """Starts a run on one device of its own."""
+    own = {'JAX_CUDA_VISIBLE_DEVICES': str(device), 'JAX_ROCM_VISIBLE_DEVICES': str(device), 'JAX_NUM_CPU_DEVICES': '1'}
+    return subprocess.Popen(
+        [sys.executable, *planned.command],
+        env=os.environ | own,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(planned: Planned, board: 'Board', failure: str) -> None:
+    planned.state = 'failed' if failure else 'finished'
+    if failure:
+        rundir.create(planned.directory, planned.config)
+    rundir.write_failure(planned.directory, ' '.join(failure.split()))
+    board.end(planned, failure)
+
+
+class Board:
+    """The terminal's view of a study: a live table with a line per run; without a terminal a line per ended run."""
+
+    def __init__(self, grid: Sequence[Planned]):
+        self._grid = grid
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
+
+    def __enter__(self) -> 'Board':
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def start(self, planned: Planned) -> None:
+        """A run starts."""
+        planned.state = 'running'
+
+    def end(self, planned: Planned, failure: str) -> None:
+        """A run is finished or has failed."""
+        self.follow(planned)
+        if not self._console.is_terminal:
+            done = sum(other.state in ('finished', 'failed') for other in self._grid)
+            result = failure or f'test accuracy {self._accuracy(planned)}'
+            self.say(
+                f'[{done}/{len(self._grid)}] {planned.cell} seed {planned.config.seed} {planned.state} after epoch '
+                f'{planned.epochs}: {result}; {self._time_left()}'
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, markup=False)
+
+    def display(self, planned: Planned) -> 'Display':
+        """What the loop reports a run's epochs to."""
+        from flax_dlvc.report import Display
+
+        board = self
+
+        class RowDisplay(Display):
+            """Puts epochs into the run's row; a run's own lines have no place on the board."""
+
+            def __enter__(self) -> Display:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
+                """The board shows epochs."""
+
+            def epoch(self, record: dict[str, Any], stopping: Any) -> None:
+                """Notes a finished epoch."""
+                del record, stopping
+                board.follow(planned)
+
+            def print(self, text: str) -> None:
+                """Not shown."""
+
+        return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
+
+    def follow(self, planned: Planned) -> None:
+        """Reads how far a run is from its directory."""
+        run = tables.read_run(planned.directory.parent.parent, planned.directory)
+        planned.epochs = len(run.history)
+        planned.best = max((record['validation_accuracy'] for record in run.history), default=None)
+        planned.seconds_per_epoch = run.seconds_per_epoch
+
+    note = follow
+
+    def _accuracy(self, planned: Planned) -> str:
+        result = rundir.read_result(planned.directory)
+        return f'{result["test"]["accuracy"]:.4f}' if result else '–'
+
+    def _time_left(self) -> str:
+        """An upper bound: runs may stop early; of models that have not trained yet nothing is known."""
+        speeds: dict[str, float] = {}
+        for planned in self._grid:
+            if planned.seconds_per_epoch:
+                speeds[planned.config.model.name] = planned.seconds_per_epoch
+        left = [planned for planned in self._grid if planned.epochs_left]
+        if any(planned.config.model.name not in speeds for planned in left):
+            return 'time left not known yet'
+        seconds = sum(planned.epochs_left * speeds[planned.config.model.name] for planned in left)
+        return f'at most {describe_time(seconds)} left'
+
+    def _render(self) -> Table:
+        table = Table(title=self._time_left(), title_justify='left')
+        for column in ('run', 'seed', 'state', 'epoch', 'best validation accuracy'):
+            table.add_column(column)
+        for planned in self._grid:
+            best = '' if planned.best is None else f'{planned.best:.4f}'
+            epoch = f'{planned.epochs}/{planned.config.num_epochs}'
+            style = {'running': 'bold', 'failed': 'red', 'waiting': 'dim'}.get(planned.state)
+            table.add_row(planned.cell, str(planned.config.seed), planned.state, epoch, best, style=style)
+        return table
+
+
+def describe_time(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f'{seconds:.0f} seconds'
+    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
+
+
+def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
+    """Prints the grid, and the time that it takes at most, from a few timed steps of each cell."""
+    import jax
+
+    from flax_dlvc import data, steps
+
+    setup: Setup | None = None
+    total = 0.0
+    for cell, members in itertools.groupby(grid, lambda planned: planned.cell):
+        runs = list(members)
+        left = [planned for planned in runs if rundir.check(planned.directory, planned.config) is None]
+        note = ''
+        if left:
+            setup = share(setup, left[0].config)
+            config, split = setup.config, setup.place(setup.dataset.train)
+            state = setup.create_state()
+            order = data.epoch_order(len(setup.dataset.train), config.seed, 1)
+            batches = data.training_batches(order, config.batch_size, len(setup.devices))
+            calls = steps.calls(batches, 0, 1)[: num_steps + 1]
+            state, _ = setup.train_step(state, *split, calls[0])  # compiles
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            for call in calls[1:]:
+                state, _ = setup.train_step(state, *split, call)
+            jax.block_until_ready(state)
+            per_step = (time.perf_counter() - start) / max(1, len(calls) - 1)
+            # Three forward passes are a step; an epoch ends with one over the validation split.
+            per_epoch = per_step * (setup.steps_per_epoch + len(setup.dataset.validation) / config.batch_size / 3)
+            seconds = per_epoch * config.num_epochs * len(left)
+            total += seconds
+            note = f', {1000 * per_step:.0f} ms a step, at most {describe_time(seconds)}'
+        print(f'{cell}: {len(runs)} seeds, {len(runs) - len(left)} finished{note}', flush=True)
+        print(f'  python {shlex.join(runs[0].command)}')
+    print(f'{len(grid)} runs; at most {describe_time(total)} on this machine, less where runs stop early')
+
+
+# The command
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line, carries out the grid and writes what comes of it."""
+    parser = ArgumentParser(
+        'python -m flax_dlvc.study',
+        description=__doc__.splitlines()[0],
+        epilog='--config.FIELD=VALUE sets a field of every run.',
+    )
+    parser.add_argument('--workdir', type=Path, required=True, help='the study; a directory per run below it')
+    parser.add_argument('--models', type=_names(MODELS), default=list(MODELS), help='with commas; all by default')
+    parser.add_argument(
+        '--regularizations', type=_names(REGULARIZATIONS), default=list(REGULARIZATIONS), help='likewise'
+    )
+    parser.add_argument('--seeds', type=int, default=3, help='runs of each cell: seeds 0, 1, …')
+    parser.add_argument('--vary', action='append', default=[], metavar='FIELD=V1,V2', help='another axis; repeatable')
+    parser.add_argument('--parallel-runs', type=int, default=1, help='runs at once, a device each; 1 by default')
+    parser.add_argument('--dry-run', action='store_true', help='print the grid and an estimate of its time')
+    parser.add_argument('--rebuild', action='store_true', help='run nothing: tables and figures of what is there')
+    arguments, overrides = parser.parse_known_args(argv[1:])
+    for override in overrides:
+        if not override.startswith('--config.') or '=' not in override:
+            raise ConfigError(f'{override!r} is not a flag; fields are set as --config.FIELD=VALUE; see --help')
+        if override.startswith(('--config.seed=', '--config.name=', '--config.model.name=')):
+            raise ConfigError(f'{override!r}: the study sets this itself; see --seeds and --models')
+    if arguments.seeds < 1 or arguments.parallel_runs < 1:
+        raise ConfigError('--seeds and --parallel-runs must be at least 1')
+    if distributed.num_processes() > 1:
+        raise ConfigError('a study is one process; several form one run of flax_dlvc.main')
+    workdir = arguments.workdir
+    if arguments.rebuild:
+        if not workdir.is_dir():
+            raise ConfigError(f'{workdir} is not a directory')
+        write(workdir)
+        return
+    grid = plan(
+        workdir,
+        models=arguments.models,
+        regularizations=arguments.regularizations,
+        seeds=arguments.seeds,
+        overrides=overrides,
+        vary=arguments.vary,
+    )
+    if arguments.dry_run:
+        dry_run(grid)
+        return
+    carry_out(grid, Board(grid), arguments.parallel_runs)
+    write(workdir, grid[0].config)
+    print(f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, answers.md, figures/')
+    failed = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == 'failed']
+    if failed:
+        raise CommandError(f'{len(failed)} of {len(grid)} runs failed: {", ".join(failed)}; the table says why')
+
+
+def _names(known: dict[str, str]) -> Any:
+    """An argparse type: names with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(',')))
+        for name in names:
+            if name not in known:
+                raise ConfigError(f'{name!r} is none of {", ".join(known)}')
+        return names
+
+    return parse
+
+
+def write(workdir: Path, config: ConfigDict | None = None) -> None:
+    """Writes tables, answers, figures and report.html from the run directories.
+
+    Args:
+        workdir: the study's directory.
+        config: of a run; where given, the dataset is loaded for the strip of augmented images if it is not there yet.
+    """
+    from flax_dlvc import answers, figures, page
+
+    runs = tables.read_runs(workdir)
+    cells = tables.group(runs)
+    for name, text in (
+        ('table.md', tables.to_markdown(cells)),
+        ('table.csv', tables.to_csv(cells)),
+        ('table.tex', tables.to_tex(cells)),
+        ('runs.csv', tables.runs_to_csv(runs)),
+        ('answers.md', answers.to_answers(cells)),
+    ):
+        rundir.write_text(workdir / name, text)
+    if config is not None and not (workdir / 'examples.png').exists():
+        figures.save_examples(config, workdir / 'examples.png')
+    drawn = figures.draw_all(cells, workdir)
+    rundir.write_text(workdir / 'report.html', page.render(cells, workdir, drawn))
+
+
+if __name__ == '__main__':
+    run_command(main)

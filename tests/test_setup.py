@@ -1,0 +1,46 @@
+"""What runs share: one compilation for all seeds."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from flax_dlvc import data, steps
+from flax_dlvc.setup import set_up
+
+
+def train_two_steps(setup):
+    """Two training steps and an evaluation step from the setup's own start."""
+    state, split = setup.create_state(), setup.place(setup.dataset.train)
+    order = data.epoch_order(len(setup.dataset.train), setup.config.seed, 1)
+    for indices in steps.calls(data.training_batches(order, setup.config.batch_size, 1)[:2], 0, 1):
+        state, _ = setup.train_step(state, *split, indices)
+    return state
+
+
+@pytest.fixture
+def compilations(caplog):
+    """JAX's log lines of the compilations so far."""
+    caplog.set_level(logging.DEBUG, 'jax._src.dispatch')
+    return lambda: [record.message for record in caplog.records if 'Finished XLA compilation' in record.message]
+
+
+def test_seeds_share_compiled_programs_and_nothing_else(small_config, compilations):
+    """With 2**32 - 1, the largest seed: more than an int32 holds."""
+    small_config.dropout_rate = 0.3
+    small_config.augment.random_mirror = True
+    first = set_up(small_config)
+    one = train_two_steps(first)
+    before = len(compilations())
+    assert before >= 2  # the initial state, the step
+    second = first.with_seed(2**32 - 1)
+    two = train_two_steps(second)
+    assert compilations()[before:] == []
+    assert (first.config.seed, second.config.seed) == (0, 2**32 - 1)
+
+    small_config.seed = 2**32 - 1
+    alone = train_two_steps(set_up(small_config))
+    for left, right, other in zip(*map(jax.tree.leaves, (two.params, alone.params, one.params)), strict=True):
+        np.testing.assert_array_equal(left, right)
+        assert not np.array_equal(left, other)
