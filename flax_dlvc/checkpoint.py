@@ -119,6 +119,7 @@ class Checkpoints:
             StorageError: this save or the one before failed.
             FloatingPointError: the state is not finite; it is not saved.
         """
+        self._check_there()
         step = int(state.step)
         self._policy.best_step = progress.best_step
         if step in self.steps:
@@ -161,7 +162,9 @@ class Checkpoints:
 
         Raises:
             ConfigError: no such step, a damaged checkpoint, or one of another model.
+            StorageError: the directory is gone.
         """
+        self._check_there()
         if step not in self.steps:
             there_are = ', '.join(map(str, self.steps)) or 'none'
             raise ConfigError(f'{self.directory} has no checkpoint of step {step}; there are: {there_are}')
@@ -263,10 +266,18 @@ class Checkpoints:
         aside = self.directory.parent / 'damaged' / str(step)
         while aside.exists():
             aside = aside.with_name(f'{aside.name}x')
-        aside.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(aside)
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        except OSError as error:
+            raise self._storage_error(error) from error
         self._manager.reload()
         return aside
+
+    def _check_there(self) -> None:
+        """Orbax would make a directory that somebody has removed anew."""
+        if not self.directory.is_dir():
+            raise self._storage_error(FileNotFoundError('it is gone'))
 
     def _storage_error(self, error: Exception) -> StorageError:
         return StorageError(

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import data, rundir, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
-from flax_dlvc.errors import DivergedError, StoppedError
+from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
@@ -293,22 +293,27 @@ class StopRequested(Exception):  # noqa: N818, no error
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], None]]:
-    """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process."""
+    """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process.
+
+    A signal that came after the last call of that function is raised again at the end, for whoever handles it there.
+    """
     received: list[int] = []
 
     def handle(signal_number: int, frame: FrameType | None) -> None:
         del frame
         received.append(signal_number)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     def check_stop() -> None:
         if received:
-            raise StopRequested(received[0])
+            raise StopRequested(received.pop())
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield check_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
