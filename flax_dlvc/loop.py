@@ -315,5 +315,5 @@ def stop_signals() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for unnoticed in received:
+            signal.raise_signal(unnoticed)

@@ -1,12 +1,13 @@
 """Real runs, killed with SIGKILL again and again until one of them ends: the result is that of a run left alone.
 
 FLAX_DLVC_KILLS sets the number of kills. They come in turn while a process starts, at a random moment of its run
-(steps, validation, test), and inside a save, as soon as the directory is seen that Orbax writes into before renaming it.
+(steps, validation, test), and inside a save, as soon as the directory is seen that Orbax writes before renaming it.
 
 What this does not catch: a machine that loses power. What a killed process has written is still written by the kernel,
 so a missing fsync goes unnoticed.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -53,10 +54,8 @@ def saving(process, workdir, chance):
 
 def wait(process, seconds):
     """Waits, or less if the process ends."""
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)

@@ -1,19 +1,15 @@
 """SIGTERM and SIGINT in every phase of a run: one line, the shell's exit code, and the same result in the end."""
 
-import json
-import os
 import signal
-import subprocess
-import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, read_history, restore_latest
+from conftest import read_history, restore_latest
 
 from flax_dlvc import data, loop, rundir, setup
 from flax_dlvc.checkpoint import Checkpoints
-from flax_dlvc.errors import STOP_SIGNALS, StorageError, run_command
+from flax_dlvc.errors import STOP_SIGNALS, run_command
 from flax_dlvc.report import TensorBoard
 
 
