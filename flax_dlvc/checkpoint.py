@@ -120,6 +120,7 @@ class Checkpoints:
             StorageError: this save or the one before failed.
             FloatingPointError: the state is not finite; it is not saved.
         """
+        self._check_there()
         step = int(state.step)
         self._policy.best_step = progress.best_step
         if step in self.steps:
@@ -162,7 +163,9 @@ class Checkpoints:
 
         Raises:
             ConfigError: no such step, a damaged checkpoint, or one of another model.
+            StorageError: the directory is gone.
         """
+        self._check_there()
         if step not in self.steps:
             there_are = ', '.join(map(str, self.steps)) or 'none'
             raise ConfigError(f'{self.directory} has no checkpoint of step {step}; there are: {there_are}')
@@ -267,9 +270,17 @@ class Checkpoints:
         aside = self.directory.parent / 'damaged' / str(step)
         while aside.exists():
             aside = aside.with_name(f'{aside.name}x')
-        aside.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(aside)
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        except OSError as error:
+            raise self._storage_error(error) from error
         return aside
+
+    def _check_there(self) -> None:
+        """Orbax would make a directory that somebody has removed anew."""
+        if not self.directory.is_dir():
+            raise self._storage_error(FileNotFoundError('it is gone'))
 
     def _storage_error(self, error: Exception) -> StorageError:
         return StorageError(

@@ -8,6 +8,7 @@ process 0's host), NUM_PROCESSES and PROCESS_ID, and, where processes share a ho
 import contextlib
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -74,7 +75,7 @@ def joined() -> Iterator[None]:
         barrier('end')
         _leave(watch)
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         watch.fail(error)
     _leave(watch)
 
@@ -177,7 +178,7 @@ class _Watch:
         self._stopped.set()
         self._thread.join()
 
-    def fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: BaseException) -> NoReturn:
         """Ends this process with its error, and the others with its message."""
         import jax
 
@@ -185,6 +186,9 @@ class _Watch:
             self._stopped.wait(2 * LOST_AFTER)  # a collective may have failed since another is gone: `_run` will say so
         if isinstance(error, CommandError):
             exit_code, message = error.exit_code, ' '.join(str(error).split())
+        elif isinstance(error, KeyboardInterrupt):  # a signal before training or after it
+            stop = signal.Signals(*error.args or (signal.SIGINT,))
+            exit_code, message = 128 + stop, f'stopped by {stop.name}'
         else:
             exit_code, message = 1, f'{type(error).__name__}, see its traceback'
             traceback.print_exception(error)

@@ -1,9 +1,16 @@
 """The errors that end a command in one line, and their exit codes."""
 
 import argparse
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 class CommandError(Exception):
@@ -56,15 +63,53 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr."""
+    """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr.
+
+    SIGTERM and SIGINT become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
+    and then one line too; a second signal ends the process at once.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
     try:
         main(sys.argv)
+        sys.stdout.flush()
+        _let_signals_end_the_process()
+        sys.exit(0)
     except CommandError as error:
-        print(f'{error.label}{" ".join(str(error).split())}', file=sys.stderr)
+        _complain(f'{error.label}{" ".join(str(error).split())}')
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        stop = signal.Signals(*interrupt.args or (signal.SIGINT,))
+        _complain(f'stopped by {stop.name}')
+        sys.exit(128 + stop)
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        sys.stderr.close()
+        _give_up_output()
         sys.exit(141)
-    sys.exit(0)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _give_up_output()
+        _complain(f'error: cannot write {error.filename or "output"}: {error.strerror}; free space and start again')
+        sys.exit(StorageError.exit_code)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    _let_signals_end_the_process()
+    raise KeyboardInterrupt(signal_number)
+
+
+def _let_signals_end_the_process() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _complain(message: str) -> None:
+    """Prints an error's line; from here on nothing is worth waiting for."""
+    _let_signals_end_the_process()
+    print(message, file=sys.stderr)
+
+
+def _give_up_output() -> None:
+    """Lets what could not be printed vanish; Python would try, and complain, again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

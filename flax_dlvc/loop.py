@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import data, distributed, rundir, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
-from flax_dlvc.errors import DivergedError, StoppedError
+from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
@@ -333,7 +333,8 @@ class StopRequested(Exception):  # noqa: N818, no error
 def stop_signals() -> Iterator[Callable[[], None]]:
     """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process.
 
-    With several processes it raises in all of them, on the same call, when one has received a signal.
+    With several processes it raises in all of them, on the same call, when one has received a signal. A signal that
+    came after the last call of that function is raised again at the end, for whoever handles it there.
     """
     received: list[int] = []
     agree = distributed.Agreement('stop')
@@ -341,16 +342,19 @@ def stop_signals() -> Iterator[Callable[[], None]]:
     def handle(signal_number: int, frame: FrameType | None) -> None:
         del frame
         received.append(signal_number)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     def check_stop() -> None:
         if signal_number := agree(received[0] if received else 0):
+            received.clear()
             raise StopRequested(signal_number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield check_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for unnoticed in received:
+            signal.raise_signal(unnoticed)

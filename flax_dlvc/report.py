@@ -150,3 +150,6 @@ def plot_curves(
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
+    finally:  # there is none where all went well
+        with contextlib.suppress(OSError):
+            temporary.unlink()

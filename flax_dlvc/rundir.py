@@ -50,16 +50,17 @@ def create(workdir: Path, config: ConfigDict) -> None:
     """Makes the directory and writes config.json, unless it is there already.
 
     Raises:
-        ConfigError: the directory cannot be written.
+        ConfigError: a new directory cannot be written.
     """
+    if (workdir / 'config.json').exists():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f'cannot write {workdir}: {error.strerror}; choose another --workdir') from error
     if not os.access(workdir, os.W_OK):
         raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
-    if not (workdir / 'config.json').exists():
-        write_text(workdir / 'config.json', config_module.to_json(config))
+    write_text(workdir / 'config.json', config_module.to_json(config))
 
 
 @contextlib.contextmanager
@@ -68,8 +69,13 @@ def lock(workdir: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process has it.
+        StorageError: the directory cannot be written any more.
     """
-    with (workdir / '.lock').open('w') as file:
+    try:
+        file = (workdir / '.lock').open('w')
+    except OSError as error:
+        raise _storage_error(workdir, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -159,8 +165,11 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        raise _storage_error(path, error) from error
+    finally:  # there is none where all went well
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f'cannot write {path}: {error.strerror}; free space or mend the disk, and start again'
-        ) from error
+            temporary.unlink()
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(f'cannot write {path}: {error.strerror}; free space or mend the disk, and start again')
