@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         with distributed.joined():
             setup = set_up(config)
             with (
-                claimed(workdir, config),
+                claimed(workdir, setup),
                 Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
                 Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch) as display,
             ):
@@ -60,11 +60,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
     """Within, the run directory exists and this run alone trains in it."""
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
-            rundir.create(workdir, config)
+            rundir.create(workdir, setup.config)
+            rundir.write_dataset(workdir, setup.dataset)
             stack.enter_context(rundir.lock(workdir))
         distributed.barrier('claimed')
         yield
