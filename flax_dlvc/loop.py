@@ -22,6 +22,7 @@ from flax_dlvc.evaluate import describe, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
+from flax_dlvc.transfer import begin_from
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, disp
     config = setup.config
     rewinds = 0
     while True:
-        state, progress = restore_or_start(setup, checkpoints)
+        state, progress = restore_or_start(setup, checkpoints, display)
         rewinds = max(rewinds, progress.rewinds)
         slower = setup.with_learning_rate(config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)
@@ -178,9 +179,18 @@ def train(
     }
 
 
-def restore_or_start(setup: Setup, checkpoints: Checkpoints) -> tuple[steps.TrainState, Progress]:
-    """The newest whole checkpoint's state and progress, or the initial ones."""
-    return checkpoints.restore_latest(setup.abstract_state) or (setup.create_state(), Progress())
+def restore_or_start(setup: Setup, checkpoints: Checkpoints, display: Display) -> tuple[steps.TrainState, Progress]:
+    """The newest whole checkpoint's state and progress, or the initial ones, which `init_from` may have a part in."""
+    restored = checkpoints.restore_latest(setup.abstract_state)
+    if restored is not None:
+        return restored
+    state = setup.create_state()
+    if setup.config.init_from:
+        state, reinitialized = begin_from(Path(setup.config.init_from), setup, state)
+        display.print(
+            f'begins with {setup.config.init_from}; initialised anew: {", ".join(reinitialized) or "nothing"}'
+        )
+    return state, Progress()
 
 
 def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress, setup: Setup) -> None:

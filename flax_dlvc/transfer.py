@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_dlvc import rundir, steps
 from flax_dlvc.checkpoint import Checkpoints, Progress
@@ -54,3 +55,33 @@ def with_variables(state: steps.TrainState, variables: dict[str, Any]) -> steps.
     params, batch_stats = placed['params'], placed['batch_stats']
     ema_params = jax.tree.map(jnp.copy, params) if state.ema_params else {}
     return state.replace(params=params, batch_stats=batch_stats, ema_params=ema_params)
+
+
+def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[steps.TrainState, list[str]]:
+    """A fresh state with all that fits of a trained model's best checkpoint: same path, same shape.
+
+    Args:
+        workdir: the run directory of the trained model.
+        setup: of the run that begins.
+        state: its initial state.
+
+    Returns:
+        The state, and the names of the variables that stay as they were initialised.
+
+    Raises:
+        ConfigError: the trained model cannot be had, or nothing of it fits.
+    """
+    trained = dict(jax.tree_util.tree_leaves_with_path(load_trained(workdir)[1]))
+    fresh = {'params': state.params, 'batch_stats': state.batch_stats}
+    reinitialized: list[str] = []
+
+    def choose(path: Any, leaf: jax.Array) -> Any:
+        if path in trained and trained[path].shape == leaf.shape:
+            return np.asarray(trained[path])
+        reinitialized.append(jax.tree_util.keystr(path[1:], simple=True, separator='/'))
+        return leaf
+
+    chosen = jax.tree_util.tree_map_with_path(choose, fresh)
+    if len(reinitialized) == len(jax.tree.leaves(fresh)):
+        raise ConfigError(f'nothing of {workdir} fits {setup.config.model.name}; see --config.init_from')
+    return with_variables(state, chosen), reinitialized
