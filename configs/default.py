@@ -34,6 +34,8 @@ def get_config() -> ConfigDict:
     config.synchronize_batch_norm = False  # ResNet18: training statistics over all devices, not each device's own
     config.compute_dtype = 'float32'  # 'float32' or 'bfloat16'; parameters, normalisation and loss stay float32
 
+    config.init_from = ''  # run directory whose best checkpoint the run begins with, as far as it fits; '' is none
+
     # Regularisation
     config.dropout_rate = 0.0  # probability to drop, in [0, 1)
     config.label_smoothing = 0.0  # probability mass spread over all classes, in [0, 1)

@@ -61,6 +61,32 @@ class Dataset:
         """(H, W, C)."""
         return self.train.images.shape[1:]
 
+    def describe(self) -> dict[str, Any]:
+        """All but the examples; `without_examples` makes a dataset of it."""
+        return {
+            'name': self.name,
+            'class_names': list(self.class_names),
+            'image_shape': list(self.image_shape),
+            'mean': list(self.mean),
+            'std': list(self.std),
+            'num_examples': {split: len(getattr(self, split)) for split in ('train', 'validation', 'test')},
+        }
+
+
+def without_examples(description: dict[str, Any]) -> Dataset:
+    """A dataset as `Dataset.describe` told it; its images are black and take no memory.
+
+    Raises:
+        KeyError, TypeError, ValueError: the description is not one.
+    """
+    height, width, channels = description['image_shape']
+    splits = {
+        split: Split(np.broadcast_to(np.uint8(0), (size, height, width, channels)), np.zeros(size, np.int32))
+        for split, size in description['num_examples'].items()
+    }
+    mean, std = tuple(map(float, description['mean'])), tuple(map(float, description['std']))
+    return Dataset(description['name'], tuple(description['class_names']), mean, std, **splits)
+
 
 def load(config: ConfigDict) -> Dataset:
     """Loads the dataset that a config names; CIFAR-10 and CIFAR-100 are prepared first where they are not yet.

@@ -22,6 +22,7 @@ from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
+from flax_dlvc.transfer import begin_from
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
     """As `run`, of a setup that is there already and a directory that may be used; shows nothing but on the display."""
     config = setup.config
     with (
-        claimed(workdir, config),
+        claimed(workdir, setup),
         Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
         display,
     ):
@@ -68,11 +69,12 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
     """Within, the run directory exists and this run alone trains in it."""
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
-            rundir.create(workdir, config)
+            rundir.create(workdir, setup.config)
+            rundir.write_dataset(workdir, setup.dataset)
             stack.enter_context(rundir.lock(workdir))
         distributed.barrier('claimed')
         yield
@@ -83,7 +85,7 @@ def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, disp
     config = setup.config
     rewinds = 0
     while True:
-        state, progress = restore_or_start(setup, checkpoints)
+        state, progress = restore_or_start(setup, checkpoints, display)
         rewinds = max(rewinds, progress.rewinds)
         slower = setup.with_learning_rate(config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)
@@ -189,9 +191,18 @@ def train(
     }
 
 
-def restore_or_start(setup: Setup, checkpoints: Checkpoints) -> tuple[steps.TrainState, Progress]:
-    """The newest whole checkpoint's state and progress, or the initial ones."""
-    return checkpoints.restore_latest(setup.abstract_state) or (setup.create_state(), Progress())
+def restore_or_start(setup: Setup, checkpoints: Checkpoints, display: Display) -> tuple[steps.TrainState, Progress]:
+    """The newest whole checkpoint's state and progress, or the initial ones, which `init_from` may have a part in."""
+    restored = checkpoints.restore_latest(setup.abstract_state)
+    if restored is not None:
+        return restored
+    state = setup.create_state()
+    if setup.config.init_from:
+        state, reinitialized = begin_from(Path(setup.config.init_from), setup, state)
+        display.print(
+            f'begins with {setup.config.init_from}; initialised anew: {", ".join(reinitialized) or "nothing"}'
+        )
+    return state, Progress()
 
 
 def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""The run directory's text files: config.json, metrics.jsonl, result.json, evaluation-SPLIT.json.
+"""The run directory's text files: config.json, dataset.json, metrics.jsonl, result.json, evaluation-SPLIT.json.
 
 Each is written whole to a temporary file that then takes its name, so a reader never sees half of one.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flax_dlvc import config as config_module
+from flax_dlvc import data
 from flax_dlvc.errors import ConfigError, StorageError
 
 
@@ -61,6 +62,34 @@ def create(workdir: Path, config: ConfigDict) -> None:
     if not os.access(workdir, os.W_OK):
         raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
     write_text(workdir / 'config.json', config_module.to_json(config))
+
+
+def write_dataset(workdir: Path, dataset: data.Dataset) -> None:
+    """Writes dataset.json, what a trained model has to know of its dataset, unless it is there already.
+
+    Raises:
+        ConfigError: it is there and says otherwise: the dataset has changed since the run began.
+    """
+    path = workdir / 'dataset.json'
+    if not path.exists():
+        _write(path, json.dumps(dataset.describe(), indent=2) + '\n')
+    elif read_dataset(workdir).describe() != dataset.describe():
+        raise ConfigError(f'{dataset.name} is not what {path} says of it any more; choose another --workdir')
+
+
+def read_dataset(workdir: Path) -> data.Dataset:
+    """The dataset of a run, without its examples: class names, image shape, mean and standard deviation.
+
+    Raises:
+        ConfigError: dataset.json is missing or damaged.
+    """
+    path = workdir / 'dataset.json'
+    try:
+        return data.without_examples(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise ConfigError(f'{workdir} has no dataset.json; is it a run directory?') from error
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f'{path} is damaged; the command that trained the run writes it anew if removed') from error
 
 
 @contextlib.contextmanager

@@ -67,6 +67,21 @@ def small_config() -> ConfigDict:
 
 
 @pytest.fixture(scope='session')
+def small_vit_config() -> ConfigDict:
+    """A ViT that compiles and steps in no time, on the same data."""
+    from configs import vit
+
+    config = vit.get_config()
+    config.update_from_flattened_dict(SMALL_RUN)
+    config.update_from_flattened_dict(
+        {'model.embed_dim': 16, 'model.hidden_dim': 16, 'model.num_heads': 2, 'model.num_layers': 1}
+    )
+    config.model.patch_size = 8
+    config.name = 'vit'
+    return config
+
+
+@pytest.fixture(scope='session')
 def small_run_flags() -> list[str]:
     """The same as flags."""
     return [f'--config.{field}={value}' for field, value in SMALL_RUN.items()]

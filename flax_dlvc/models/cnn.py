@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Conv, Dropout, max_pool
+from flax_dlvc.models.layers import Conv, Dropout, expose, max_pool
 
 
 class CNN(nn.Module):
@@ -24,9 +24,9 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps normalised images (B, H, W, C) to logits (B, num_classes) in float32."""
-        for features in self.stage_features:
+        for stage, features in enumerate(self.stage_features):
             x = Conv(features, (3, 3), dtype=self.dtype)(x)
-            x = nn.relu(x)
+            x = expose(self, f'map_{stage}', nn.relu(x))
             x = max_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden_features, dtype=self.dtype)(x))

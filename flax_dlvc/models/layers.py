@@ -33,6 +33,15 @@ def on_cpu() -> bool:
     return jax.default_backend() == 'cpu'
 
 
+def expose(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x`, sown as `name` among a module's intermediates, plus the perturbation of that name where one is handed in.
+
+    The gradient for a perturbation of zeros is the gradient for `x`. In training neither is asked for nor computed.
+    """
+    module.sow('intermediates', name, x)
+    return x + module.get_variable('perturbations', name) if module.has_variable('perturbations', name) else x
+
+
 def explicit_pads(size: Sequence[int], window: Sequence[int], strides: Sequence[int], padding: Any) -> Pads:
     """Padding in any form that flax takes, as pairs of numbers."""
     padding = canonicalize_padding(padding, 2)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Conv, Dropout, max_pool
+from flax_dlvc.models.layers import Conv, Dropout, expose, max_pool
 
 batch_norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)  # PyTorch's defaults; its momentum is one minus this
 # Kaiming normal over the fan-out, torchvision's initialisation of every convolution.
@@ -69,6 +69,7 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f'layer{stage + 1}_{block}'
                 x = BasicBlock(64 * 2**stage, stride, self.dtype, self.batch_norm_axis, name=name)(x, train=train)
+            x = expose(self, f'map_{stage}', x)
         x = x.mean(axis=(1, 2), dtype=jnp.float32)
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         return nn.Dense(self.num_classes, dtype=self.dtype, name='fc')(x).astype(jnp.float32)

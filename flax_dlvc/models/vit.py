@@ -3,8 +3,6 @@
 Shapes: B batch, H height, W width, C channels, P patch size, N tokens, D embedding, F hidden features, A heads.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,8 +35,13 @@ class SelfAttention(nn.Module):
         query, key, value = (
             part.reshape(batch, tokens, self.num_heads, head_dim) for part in jnp.split(qkv, 3, axis=-1)
         )
-        dropout = partial(Dropout(self.dropout_rate), deterministic=not train)
-        x = attention(query, key, value, dropout).reshape(batch, tokens, embed_dim)
+        dropout = Dropout(self.dropout_rate)
+
+        def on_weights(weights: jax.Array) -> jax.Array:  # (B, A, N, N)
+            self.sow('intermediates', 'attention_weights', weights)
+            return dropout(weights, deterministic=not train)
+
+        x = attention(query, key, value, on_weights).reshape(batch, tokens, embed_dim)
         return nn.Dense(embed_dim, dtype=self.dtype, name='out_proj')(x)
 
 

@@ -1,0 +1,121 @@
+"""Where a model looked: attention rollout for the ViT, Grad-CAM for the convolutional networks.
+
+Shapes: B batch, H height, W width, C channels, K classes, L layers, A heads, N tokens, P patch size.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_dlvc.errors import StorageError
+
+# Grad-CAM takes the last map of at least this height and width. The textbook's choice, the very last map, is a single
+# pixel in a ResNet18 with the ImageNet stem on 32x32 images, and says nothing about where.
+SMALLEST_MAP = 4
+
+
+def explain(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    """How much each place of an image counts for the class that the model predicts.
+
+    Args:
+        model: with attention: `attention_rollout`; without: `grad_cam`.
+        variables: its parameters and batch statistics.
+        images: (B, H, W, C) float, normalised.
+
+    Returns:
+        (B, h, w) in [0, 1], for a grid of h times w places.
+    """
+    logits, captured = model.apply(variables, images, train=False, mutable=['intermediates'])
+    intermediates = captured['intermediates']
+    # ('transformer_0', 'attn', 'attention_weights', 0), in the order of the layers
+    weights = [
+        leaf
+        for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(intermediates), key=lambda item: _natural(item[0]))
+        if any(getattr(key, 'key', None) == 'attention_weights' for key in path)
+    ]
+    if weights:
+        rows = images.shape[1] // model.patch_size
+        heat = attention_rollout(jnp.stack(weights))[:, 0, 1:].reshape(len(images), rows, -1)
+    else:
+        maps = {name: sown[0] for name, sown in intermediates.items() if name.startswith('map_')}
+        large = [name for name in sorted(maps) if min(maps[name].shape[1:3]) >= SMALLEST_MAP]
+        heat = grad_cam(model, variables, images, logits.argmax(-1), (large or sorted(maps))[-1], maps)
+    return heat / jnp.maximum(heat.max(axis=(1, 2), keepdims=True), jnp.finfo(heat.dtype).tiny)
+
+
+def attention_rollout(weights: jax.Array) -> jax.Array:
+    """How much of each token at the start reaches each token at the end (Abnar and Zuidema 2020, arXiv:2005.00928).
+
+    Attention is averaged over the heads; half of each token passes by on the residual connection; the layers multiply.
+
+    Args:
+        weights: attention weights (L, B, A, N, N), a row per query, each row's sum 1.
+
+    Returns:
+        (B, N, N), a row per token at the end, each row's sum 1.
+    """
+    mixing = (weights.astype(jnp.float32).mean(axis=2) + jnp.eye(weights.shape[-1])) / 2  # (L, B, N, N)
+    rollout = mixing[0]
+    for layer in mixing[1:]:
+        rollout = layer @ rollout
+    return rollout
+
+
+def grad_cam(
+    model: nn.Module, variables: Any, images: jax.Array, classes: jax.Array, name: str, maps: dict[str, jax.Array]
+) -> jax.Array:
+    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): the maps, weighted by what each adds to a class's logit.
+
+    Args:
+        model: exposes its maps under the names in `maps`.
+        variables: its parameters and batch statistics.
+        images: (B, H, W, C) float, normalised.
+        classes: (B,) int, the class to explain for each image.
+        name: of the map to use.
+        maps: (B, h, w, C) by name, as sown for these images.
+
+    Returns:
+        (B, h, w), at least 0.
+    """
+
+    def logit(perturbation: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables | {'perturbations': {name: perturbation}}, images, train=False)
+        return jnp.take_along_axis(logits, classes[:, None], axis=1).sum()  # images do not influence each other
+
+    gradient = jax.grad(logit)(jnp.zeros_like(maps[name]))
+    weights = gradient.mean(axis=(1, 2), dtype=jnp.float32)
+    return nn.relu(jnp.einsum('bhwc,bc->bhw', maps[name].astype(jnp.float32), weights))
+
+
+def _natural(path: Any) -> list[tuple[int, str]]:
+    """Sorts transformer_10 after transformer_9."""
+    keys = [str(getattr(key, 'key', getattr(key, 'idx', key))) for key in path]
+    return [(int(key.rpartition('_')[2]) if key.rpartition('_')[2].isdecimal() else -1, key) for key in keys]
+
+
+def draw(image: np.ndarray, heat: np.ndarray, title: str, path: Path) -> None:
+    """Writes a picture: the image (H, W, C) uint8 beside itself under its heat (h, w) in [0, 1].
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    height, width, _ = image.shape
+    figure = Figure(figsize=(6, 3.4), layout='constrained')
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255, extent=(0, width, height, 0))
+        axes.set_axis_off()
+    right.imshow(
+        heat, cmap='inferno', vmin=0, vmax=1, alpha=0.6, interpolation='bilinear', extent=(0, width, height, 0)
+    )
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise StorageError(f'cannot write {path}: {error.strerror}; free space or choose another --explain') from error

@@ -1,0 +1,77 @@
+"""Image files of any kind as the uint8 arrays that a model takes.
+
+Shapes: H height, W width, C channels.
+"""
+
+import glob
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# More pixels than any camera takes: a small file that claims more is an error or a decompression bomb.
+MAX_PIXELS = 100_000_000
+
+
+class ImageError(Exception):
+    """A file is not an image that can be used; the message says why."""
+
+
+def find_images(names: Iterable[str]) -> Iterator[Path]:
+    """Every file that the names stand for: files, folders (with all below them) and globs, each name's sorted.
+
+    A name that stands for nothing is yielded as it is: reading it says what is wrong with it.
+    """
+    extensions = set(Image.registered_extensions())
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob('*') if file.suffix.lower() in extensions and file.is_file())
+        elif not path.exists() and glob.has_magic(name):
+            yield from [Path(match) for match in sorted(glob.glob(name, recursive=True))] or [path]  # noqa: PTH207
+        else:
+            yield path
+
+
+def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads an image file, turned upright, scaled to cover `shape` and cropped to its middle.
+
+    Transparent parts become white; one channel means greyscale, three mean RGB.
+
+    Args:
+        path: any file that Pillow reads; of an animation the first frame.
+        shape: (H, W, C) with one or three channels.
+
+    Returns:
+        (H, W, C) uint8.
+
+    Raises:
+        ImageError: missing, unreadable, truncated, or of more than `MAX_PIXELS` pixels.
+    """
+    height, width, channels = shape
+    try:
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # we have a limit of our own
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}')
+            upright = ImageOps.exif_transpose(image)
+            opaque = _opaque(upright).convert('L' if channels == 1 else 'RGB')
+            fitted = ImageOps.fit(opaque, (width, height), Image.Resampling.BILINEAR)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError('there is no such file') from None
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        raise ImageError(' '.join(str(error).split()) or type(error).__name__) from error
+    return np.asarray(fitted, np.uint8).reshape(shape)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image with 8 bits per channel, on white where it is transparent."""
+    if image.mode.startswith('I;16'):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

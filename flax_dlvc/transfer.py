@@ -1,0 +1,87 @@
+"""Trained models between run directories: out of one without its dataset, into a new one."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_dlvc import rundir, steps
+from flax_dlvc.checkpoint import Checkpoints, Progress
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.setup import Setup
+
+
+def load_trained(workdir: Path, which: str = 'best') -> tuple[Setup, dict[str, Any]]:
+    """The setup and the model's variables of a run directory's checkpoint, on one device.
+
+    Args:
+        workdir: the run directory.
+        which: 'best', 'latest' or a training step.
+
+    Returns:
+        The setup, whose dataset has no examples, and `{'params', 'batch_stats'}`.
+
+    Raises:
+        ConfigError: the directory or the checkpoint is missing, damaged, or not one of ours.
+    """
+    setup = Setup(rundir.read_config(workdir), rundir.read_dataset(workdir), jax.local_devices()[:1])
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(checkpoints.find(which), setup.abstract_state)
+    return setup, state.variables
+
+
+def save_as_run(workdir: Path, setup: Setup, variables: dict[str, Any]) -> None:
+    """Makes a run directory whose only checkpoint, of step 0, holds these variables; it is evaluated like any other.
+
+    Raises:
+        ConfigError: the directory cannot be written, or holds a run already.
+    """
+    if (workdir / 'config.json').exists():
+        raise ConfigError(f'{workdir} holds a run already; choose another --workdir')
+    rundir.check(workdir, setup.config)
+    state = with_variables(setup.create_state(), variables)
+    rundir.create(workdir, setup.config)
+    rundir.write_dataset(workdir, setup.dataset)
+    with rundir.lock(workdir), Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state, Progress(best_step=0))
+        checkpoints.wait()
+
+
+def with_variables(state: steps.TrainState, variables: dict[str, Any]) -> steps.TrainState:
+    """The state with other parameters and batch statistics, placed where it is."""
+    placed = jax.device_put(variables, state.step.sharding)
+    params, batch_stats = placed['params'], placed['batch_stats']
+    ema_params = jax.tree.map(jnp.copy, params) if state.ema_params else {}
+    return state.replace(params=params, batch_stats=batch_stats, ema_params=ema_params)
+
+
+def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[steps.TrainState, list[str]]:
+    """A fresh state with all that fits of a trained model's best checkpoint: same path, same shape.
+
+    Args:
+        workdir: the run directory of the trained model.
+        setup: of the run that begins.
+        state: its initial state.
+
+    Returns:
+        The state, and the names of the variables that stay as they were initialised.
+
+    Raises:
+        ConfigError: the trained model cannot be had, or nothing of it fits.
+    """
+    trained = dict(jax.tree_util.tree_leaves_with_path(load_trained(workdir)[1]))
+    fresh = {'params': state.params, 'batch_stats': state.batch_stats}
+    reinitialized: list[str] = []
+
+    def choose(path: Any, leaf: jax.Array) -> Any:
+        if path in trained and trained[path].shape == leaf.shape:
+            return np.asarray(trained[path])
+        reinitialized.append(jax.tree_util.keystr(path[1:], simple=True, separator='/'))
+        return leaf
+
+    chosen = jax.tree_util.tree_map_with_path(choose, fresh)
+    if len(reinitialized) == len(jax.tree.leaves(fresh)):
+        raise ConfigError(f'nothing of {workdir} fits {setup.config.model.name}; see --config.init_from')
+    return with_variables(state, chosen), reinitialized
