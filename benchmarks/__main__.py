@@ -124,8 +124,8 @@ def _spread(values: Sequence[float]) -> str:
 
 def _throughput(cases: dict[str, Any]) -> list[str]:
     lines = [
-        'Images/s of ours over those of PyTorch, both from equal weights, the configs with dropout, AdamW (PyTorch: its',
-        'fused one). PyTorch computes in bfloat16 by autocast.',
+        'Images/s of ours over those of PyTorch, both from equal weights, the configs with dropout, AdamW (PyTorch:',
+        'its fused one). PyTorch computes in bfloat16 by autocast.',
         '`best` is the better of eager and channels-last within each turn.',
     ]
     for phase, title in (('train', 'Training step'), ('evaluate', 'Evaluation step')):
@@ -177,9 +177,9 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
         rows.append([model, f'{value["images"][0]:,}', _spread(loop), _spread(evaluation)])
     head = ('', 'images an epoch', 'loop', 'evaluation')
     return [
-        'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training and',
-        'evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass on batches',
-        'that lie ready.',
+        'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training',
+        'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
+        'on batches that lie ready.',
         '',
         *_table(head, rows),
     ]
