@@ -6,6 +6,7 @@ from functools import cached_property
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -63,7 +64,7 @@ class Setup:
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimiser, with the schedule inside."""
-        return optim.make_optimizer(self.config, self.schedule)
+        return optim.make_optimizer(self.config, self.schedule, self.steps_per_epoch)
 
     @cached_property
     def train_step(self) -> steps.TrainStep:
@@ -71,12 +72,13 @@ class Setup:
         return steps.make_train_step(
             model=self.model,
             optimizer=self.optimizer,
-            augmentation=make_augmentation(self.config.augment),
+            augmentation=make_augmentation(self.config.augment, self.dataset.mean),
             mean=self.dataset.mean,
             std=self.dataset.std,
             label_smoothing=self.config.label_smoothing,
             ema_decay=self.config.ema_decay,
             accumulate_steps=self.config.accumulate_steps,
+            mirror_period=self.steps_per_epoch if self.config.augment.alternating_mirror else 0,
             seed=self.config.seed,
             devices=self.devices,
         )
@@ -85,21 +87,30 @@ class Setup:
     def evaluation_step(self) -> steps.EvaluationStep:
         """The evaluation step of `steps.make_evaluation_step`."""
         return steps.make_evaluation_step(
-            model=self.model, mean=self.dataset.mean, std=self.dataset.std, devices=self.devices
+            model=self.model,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            devices=self.devices,
+            views=self.config.test_time_augmentation,
         )
 
     def create_state(self) -> steps.TrainState:
         """The initial training state, on every device."""
         # Compiled as a whole: operation by operation, compiling takes up to seven times as long.
-        return jax.jit(self._initialize, out_shardings=self.replicated)()
+        return jax.jit(self._initialize, out_shardings=self.replicated)(self._example_images)
 
     @cached_property
     def abstract_state(self) -> steps.TrainState:
         """Shapes, dtypes and placement of a training state, without its values; what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._initialize)
+        shapes = jax.eval_shape(self._initialize, self._example_images)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated), shapes)
 
-    def _initialize(self) -> steps.TrainState:
+    @property
+    def _example_images(self) -> np.ndarray:
+        """What a model that is initialised from data sees; to the others it costs nothing."""
+        return self.dataset.train.images[:5000]
+
+    def _initialize(self, images: jax.Array) -> steps.TrainState:
         return steps.create_state(
             self.model,
             self.optimizer,
@@ -107,6 +118,7 @@ class Setup:
             self.num_classes,
             self.config.seed,
             self.config.ema_decay,
+            steps.normalize(images.astype(np.float32) / 255, self.dataset.mean, self.dataset.std),
         )
 
     def empty_sums(self) -> Sums:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from flax_dlvc.augment import Augmentation
+from flax_dlvc.augment import Augmentation, alternating_mirror, evaluation_views
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums, cross_entropy
 
@@ -105,10 +105,14 @@ def create_state(
     num_classes: int,
     seed: int,
     ema_decay: float = 0.0,
+    images: jax.Array | None = None,
 ) -> TrainState:
-    """Initialises a state on one device; a pure function of its arguments."""
+    """Initialises a state on one device; a pure function of its arguments.
+
+    `images` (N, H, W, C), normalised, are what a model that is initialised from data sees; a black one by default.
+    """
     key, _, _ = _keys(seed)
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    variables = model.init(key, jnp.zeros((1, *image_shape)) if images is None else images, train=False)
     params = variables['params']
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -142,6 +146,7 @@ def make_train_step(
     label_smoothing: float,
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
+    mirror_period: int = 0,
     seed: int,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
@@ -160,6 +165,7 @@ def make_train_step(
         label_smoothing: probability mass spread over all classes; the reported loss contains it.
         ema_decay: of the moving average of the parameters, per step; 0 keeps none.
         accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
+        mirror_period: steps of an epoch, in each of which `alternating_mirror` goes the other way; 0 is without it.
         seed: of augmentation and dropout.
         devices: to run on; the state and the split must be replicated over them.
 
@@ -183,6 +189,8 @@ def make_train_step(
         state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, key: jax.Array
     ) -> tuple[Any, Sums, Any]:
         batch = images[indices].astype(jnp.float32) / 255
+        if mirror_period:
+            batch = alternating_mirror(augmentation_key, batch, indices, state.step // mirror_period)
         if augmentation is not None:
             step_key = jax.random.fold_in(augmentation_key, state.step)
             example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
@@ -241,13 +249,24 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    *, model: nn.Module, mean: Sequence[float], std: Sequence[float], devices: Sequence[jax.Device]
+    *,
+    model: nn.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    devices: Sequence[jax.Device],
+    views: str = 'none',
 ) -> EvaluationStep:
-    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none."""
+    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none.
+
+    Logits are averaged over the `views` of `augment.evaluation_views`.
+    """
 
     def add(sums: Sums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array) -> Sums:
         batch = images[indices].astype(jnp.float32) / 255
-        logits: Any = model.apply(variables, normalize(batch, mean, std), train=False)
+        seen, weights = evaluation_views(normalize(batch, mean, std), views)
+        logits: Any = model.apply(variables, seen.reshape(-1, *batch.shape[1:]), train=False)
+        if len(weights) > 1:
+            logits = jnp.tensordot(weights, logits.reshape(*seen.shape[:2], -1), 1, precision='highest')
         losses = cross_entropy(logits, labels[indices])
         new = Sums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
         return sums.merge(jax.lax.psum(new, AXIS))
