@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 8  # ViT: attention heads, must divide embed_dim
     config.model.num_layers = 6  # ViT: transformer blocks
     config.model.patch_size = 4  # ViT: pixels, must divide the image's height and width
+    config.model.patch_stem = 'linear'  # ViT: 'linear', or 'convolutional': two 3x3 convolutions before the patches
+    config.model.stochastic_depth_rate = 0.0  # ViT: probability to drop a branch of the last block; the first's is 0
     config.model.widths = (64, 256, 256)  # airbench: features of each block
     config.model.depth = 2  # airbench: convolutions in a block, 2 or 3; the third is residual
     config.synchronize_batch_norm = (
@@ -50,6 +52,10 @@ def get_config() -> ConfigDict:
         False  # a random half of the images left-right, the other half in the next epoch
     )
     config.augment.random_translate = 0  # pixels, at most, along each axis; the border is reflected
+    config.augment.mixup_alpha = (
+        0.0  # images blended with shares from Beta(alpha, alpha), as are their labels; 0 is off
+    )
+    config.augment.cutmix_alpha = 0.0  # likewise a rectangle of another image; with both on, a batch draws one
     config.augment.cutout = 0  # pixels, side of the square that is set to the mean; 0 is off
 
     # Optimisation

@@ -4,6 +4,7 @@ Shapes: H height, W width, C channels. All functions take one example; steps map
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,10 @@ from ml_collections import ConfigDict
 
 # An augmentation maps a key and one image (H, W, C) float32 to an image of the same shape.
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Mixing maps a key and a batch (B, H, W, C) to a batch in which each image has something of the one before it, and to
+# each image's own share (B,).
+Mixing = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 
@@ -101,6 +106,55 @@ def evaluation_views(images: jax.Array, kind: str) -> tuple[jax.Array, jax.Array
         views += [view[:, :, ::-1] for view in views]
         weights = [weight / 2 for weight in weights * 2]
     return jnp.stack(views), jnp.asarray(weights)
+
+
+def make_mixing(config: ConfigDict) -> Mixing | None:
+    """Builds what mixes the images of a batch as `config.augment` describes, or None where it describes nothing.
+
+    Where both mixup and CutMix are on, each batch draws one of them.
+    """
+    kinds: list[Mixing] = []
+    if config.mixup_alpha:
+        kinds.append(partial(mixup, alpha=config.mixup_alpha))
+    if config.cutmix_alpha:
+        kinds.append(partial(cutmix, alpha=config.cutmix_alpha))
+
+    def mixing(key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        choice_key, key = jax.random.split(key)
+        return jax.lax.switch(jax.random.randint(choice_key, (), 0, len(kinds)), kinds, key, images)
+
+    return mixing if kinds else None
+
+
+def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Blends each image (B, H, W, C) with the one before it (Zhang et al. 2018, arXiv:1710.09412).
+
+    Returns:
+        The images and each one's own share (B,), drawn from Beta(alpha, alpha); the rest is its predecessor's.
+    """
+    share = jax.random.beta(key, alpha, alpha, images.shape[:1])
+    weight = share[:, None, None, None]
+    return weight * images + (1 - weight) * jnp.roll(images, 1, axis=0), share
+
+
+def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Replaces a rectangle of each image (B, H, W, C) by that of the one before it (Yun et al. 2019, arXiv:1905.04899).
+
+    The rectangle has the image's proportions, an area of 1 - Beta(alpha, alpha), and its centre anywhere; what is
+    outside of the image is cut off.
+
+    Returns:
+        The images and each one's own share (B,), its share of the pixels.
+    """
+    batch, height, width, _ = images.shape
+    area_key, centre_key = jax.random.split(key)
+    side = jnp.sqrt(1 - jax.random.beta(area_key, alpha, alpha, (batch, 1)))
+    centres = jax.random.uniform(centre_key, (batch, 2, 1))
+    rows = jnp.abs(jnp.arange(height) + 0.5 - centres[:, 0] * height) < side * height / 2  # (B, H)
+    columns = jnp.abs(jnp.arange(width) + 0.5 - centres[:, 1] * width) < side * width / 2
+    inside = rows[:, :, None] & columns[:, None, :]
+    mixed = jnp.where(inside[..., None], jnp.roll(images, 1, axis=0), images)
+    return mixed, 1 - inside.mean(axis=(1, 2), dtype=jnp.float32)
 
 
 def random_resized_crop(

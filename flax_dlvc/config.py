@@ -91,6 +91,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('model.num_heads', lambda v: v >= 1, 'must be at least 1'),
     ('model.num_layers', lambda v: v >= 1, 'must be at least 1'),
     ('model.patch_size', lambda v: v >= 1, 'must be at least 1'),
+    ('model.patch_stem', lambda v: v in ('linear', 'convolutional'), "must be 'linear' or 'convolutional'"),
+    ('model.stochastic_depth_rate', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
     ('model.widths', lambda v: len(v) == 3 and min(v) >= 1 and all(isinstance(width, int) for width in v), _THREE),
     ('model.depth', lambda v: v in (2, 3), 'must be 2 or 3'),
     ('compute_dtype', lambda v: v in ('float32', 'bfloat16'), "must be 'float32' or 'bfloat16'"),
@@ -103,6 +105,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ('augment.random_resized_crop_ratio', _is_range, 'must be (lowest, highest) with 0 < lowest <= highest'),
     ('augment.random_translate', lambda v: v >= 0, 'must be at least 0'),
+    ('augment.mixup_alpha', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('augment.cutmix_alpha', lambda v: 0 <= v < math.inf, 'must be at least 0'),
     ('augment.cutout', lambda v: v >= 0, 'must be at least 0'),
     ('num_epochs', lambda v: v >= 1, 'must be at least 1'),
     ('learning_rate', lambda v: 0 < v < math.inf, 'must be positive and finite'),
@@ -165,6 +169,8 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(f'{field} {message}, not {actual[field]!r}')
     if config.model.name == 'vit' and config.model.embed_dim % config.model.num_heads:
         raise ConfigError('model.embed_dim must be divisible by model.num_heads')
+    if config.model.patch_stem == 'convolutional' and config.model.patch_size % 2:
+        raise ConfigError("model.patch_stem 'convolutional' halves the image, so that model.patch_size must be even")
     if config.model.name == 'vit' and config.optimizer.name == 'muon':
         raise ConfigError("optimizer.name 'muon' trains convolutions, and the vit has none; use 'adamw'")
     if config.augment.random_mirror and config.augment.alternating_mirror:

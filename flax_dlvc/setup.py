@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from flax_dlvc import data, optim, steps
-from flax_dlvc.augment import make_augmentation
+from flax_dlvc.augment import make_augmentation, make_mixing
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums
 from flax_dlvc.models import create_model
@@ -79,6 +79,7 @@ class Setup:
             ema_decay=self.config.ema_decay,
             accumulate_steps=self.config.accumulate_steps,
             mirror_period=self.steps_per_epoch if self.config.augment.alternating_mirror else 0,
+            mixing=make_mixing(self.config.augment),
             seed=self.config.seed,
             devices=self.devices,
         )

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from flax_dlvc.augment import Augmentation, alternating_mirror, evaluation_views
+from flax_dlvc.augment import Augmentation, Mixing, alternating_mirror, evaluation_views
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums, cross_entropy
 
@@ -147,6 +147,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
     mirror_period: int = 0,
+    mixing: Mixing | None = None,
     seed: int,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
@@ -166,6 +167,7 @@ def make_train_step(
         ema_decay: of the moving average of the parameters, per step; 0 keeps none.
         accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
         mirror_period: steps of an epoch, in each of which `alternating_mirror` goes the other way; 0 is without it.
+        mixing: applied to each device's batch after augmentation; labels are mixed likewise.
         seed: of augmentation and dropout.
         devices: to run on; the state and the split must be replicated over them.
 
@@ -176,11 +178,13 @@ def make_train_step(
     _, augmentation_key, dropout_key = _keys(seed)
 
     def loss_function(
-        params: Any, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+        params: Any, state: TrainState, images: jax.Array, labels: jax.Array, share: jax.Array | None, key: jax.Array
     ) -> tuple[jax.Array, tuple[Sums, Any]]:
         variables = {'params': params, 'batch_stats': state.batch_stats}
         logits, updated = model.apply(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': key})
         losses = cross_entropy(logits, labels, label_smoothing)
+        if share is not None:
+            losses = share * losses + (1 - share) * cross_entropy(logits, jnp.roll(labels, 1), label_smoothing)
         mask = jnp.ones_like(labels, bool)
         sums = Sums.from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
         return losses.mean(), (sums, updated.get('batch_stats', {}))
@@ -195,9 +199,14 @@ def make_train_step(
             step_key = jax.random.fold_in(augmentation_key, state.step)
             example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
             batch = jax.vmap(augmentation)(example_keys, batch)
+        share = None
+        if mixing is not None:
+            step_key = jax.random.fold_in(augmentation_key, state.step)
+            # A key per part of a batch: that of its first example, folded in once more.
+            batch, share = mixing(jax.random.fold_in(jax.random.fold_in(step_key, indices[0]), 1), batch)
         gradient_function = jax.grad(loss_function, has_aux=True)
         gradients, (sums, batch_stats) = gradient_function(
-            state.params, state, normalize(batch, mean, std), labels[indices], key
+            state.params, state, normalize(batch, mean, std), labels[indices], share, key
         )
         return gradients, sums, batch_stats
 

@@ -9,9 +9,11 @@ from PIL import Image
 from configs import default
 from flax_dlvc.augment import (
     alternating_mirror,
+    cutmix,
     cutout,
     evaluation_views,
     make_augmentation,
+    mixup,
     random_mirror,
     random_resized_crop,
     random_translate,
@@ -281,3 +283,23 @@ def test_six_views_are_airbenchs():
     views, weights = evaluation_views(images, 'none')
     np.testing.assert_array_equal(views[0], images)
     assert weights.tolist() == [1]
+
+
+def test_mixup_blends_with_the_image_before():
+    images = np.random.default_rng(0).uniform(size=(50, 4, 4, 3)).astype(np.float32)
+    mixed, share = jax.jit(mixup)(jax.random.key(0), images, 0.8)
+    weight = np.asarray(share)[:, None, None, None]
+    np.testing.assert_allclose(mixed, weight * images + (1 - weight) * np.roll(images, 1, axis=0), rtol=1e-5, atol=1e-6)
+    assert np.std(share) > 0.2 and np.min(share) >= 0 and np.max(share) <= 1
+
+
+def test_cutmix_replaces_a_rectangle_and_its_share_is_that_of_the_pixels():
+    images = np.random.default_rng(0).uniform(size=(50, 16, 16, 3)).astype(np.float32)
+    mixed, share = (np.asarray(each) for each in jax.jit(cutmix)(jax.random.key(0), images, 1.0))
+    foreign = (mixed != images).any(axis=-1)
+    np.testing.assert_array_equal(mixed, np.where(foreign[..., None], np.roll(images, 1, axis=0), images))
+    np.testing.assert_allclose(share, 1 - foreign.mean(axis=(1, 2)), rtol=1e-5)
+    for part in foreign:
+        rows, columns = part.any(axis=1), part.any(axis=0)
+        np.testing.assert_array_equal(part, rows[:, None] & columns)
+    assert 0.3 < share.mean() < 0.8 and np.std(share) > 0.1

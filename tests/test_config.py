@@ -15,6 +15,8 @@ from flax_dlvc.errors import ConfigError
 CONFIG_FILES = sorted(
     path for path in Path(configs.__file__).parent.glob('*.py') if path.stem not in ('__init__', 'default')
 )
+RECIPES = {'fast94', 'fast96', 'resnet18_strong', 'vit_strong'}
+GRID_FILES = [path for path in CONFIG_FILES if path.stem not in RECIPES]
 EXECUTION_FIELDS = [
     'checkpoint_every_minutes',
     'checkpoint_every_steps',
@@ -151,7 +153,7 @@ RANGES = [
     ('seed', [0, 2**32 - 1], [-1, 2**32]),
     ('batch_size', [1], [0, -1]),
     ('evaluation_batch_size', [1], [0, -1]),
-    ('model.name', ['cnn', 'resnet18', 'vit'], ['', 'CNN', 'resnet']),
+    ('model.name', ['cnn', 'resnet18', 'vit', 'airbench'], ['', 'CNN', 'resnet']),
     ('model.stem', ['imagenet', 'cifar'], ['', 'cifar10']),
     ('model.embed_dim', [1], [0, -1]),
     ('model.hidden_dim', [1], [0, -1]),
@@ -193,6 +195,10 @@ RANGES = [
     ('model.widths', [(1, 1, 1)], [(1, 1), (0, 1, 1), (1.5, 2, 2)]),
     ('model.depth', [2, 3], [1, 4]),
     ('augment.random_translate', [0, 4], [-1]),
+    ('augment.mixup_alpha', [0.0, 0.8], [-0.1, math.inf]),
+    ('augment.cutmix_alpha', [0.0, 1.0], [-0.1, math.inf]),
+    ('model.patch_stem', ['linear', 'convolutional'], ['', 'conv']),
+    ('model.stochastic_depth_rate', [0.0, 0.1], [-0.1, 1.0]),
     ('augment.cutout', [0, 12], [-1]),
     ('optimizer.momentum', [0.0, 0.999], [-0.1, 1.0]),
     ('optimizer.weight_decay', [0.0, 10.0], [-0.1, math.inf]),
@@ -262,11 +268,17 @@ def test_there_are_the_twelve_configs_the_recipes_and_a_quick_start():
         for model in ('cnn', 'resnet18', 'vit')
         for suffix in ('', '_dropout', '_augment', '_dropout_augment')
     }
-    recipes = {'fast94', 'fast96', 'resnet18_strong', 'vit_strong'}
-    assert {path.stem for path in CONFIG_FILES} == names | recipes | {'quickstart'}
+    assert {path.stem for path in CONFIG_FILES} == names | RECIPES | {'quickstart'}
 
 
-@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('name', sorted(RECIPES))
+def test_recipe(parse, name):
+    config = parse('--config', Path(configs.__file__).with_name(f'{name}.py'))
+    assert (config.name, config.dataset, config.splits.test) == (name, 'cifar10', 'test')
+    assert 'test' not in config.splits.train + config.splits.validation
+
+
+@pytest.mark.parametrize('path', GRID_FILES, ids=lambda path: path.stem)
 def test_config_file(parse, path):
     config = parse('--config', path)
     model, dropout_rate, augmented, dataset = expected_settings(path.stem)
