@@ -46,8 +46,10 @@ def whitening_kernel(images: jax.Array, patch_size: int, epsilon: float = 5e-4) 
     height, width = images.shape[1] - patch_size + 1, images.shape[2] - patch_size + 1
     positions = itertools.product(range(patch_size), repeat=2)
     shifted = [images[:, i : i + height, j : j + width] for i, j in positions]
-    product = partial(jnp.einsum, 'bhwc,bhwd->cd', precision='highest')
-    moments = jnp.block([[product(a, b) for b in shifted] for a in shifted]) / (len(images) * height * width)
+    product = partial(jnp.einsum, 'bhwc,bhwd->bcd', precision='highest')
+    # An average of averages: one float32 sum over millions of patches is off by more than the least eigenvalue.
+    averages = [[(product(a, b) / (height * width)).mean(axis=0) for b in shifted] for a in shifted]
+    moments = jnp.block(averages)
     eigenvalues, eigenvectors = jnp.linalg.eigh(moments)  # a column per eigenvalue
     filters = eigenvectors / jnp.sqrt(eigenvalues + epsilon)
     return jnp.concatenate([filters, -filters], axis=1).reshape(patch_size, patch_size, channels, -1)
