@@ -4,6 +4,7 @@ Shapes: H height, W width, C channels. All functions take one example; steps map
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +13,148 @@ from ml_collections import ConfigDict
 # An augmentation maps a key and one image (H, W, C) float32 to an image of the same shape.
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
+# Mixing maps a key and a batch (B, H, W, C) to a batch in which each image has something of the one before it, and to
+# each image's own share (B,).
+Mixing = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 
 
-def make_augmentation(config: ConfigDict) -> Augmentation | None:
-    """Builds the augmentation that `config.augment` describes, or None where it describes none."""
+def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation | None:
+    """Builds the augmentation of single images that `config.augment` describes, or None where it describes none.
+
+    Args:
+        config: `config.augment`.
+        mean: of the training images per channel, which cutout fills in.
+    """
 
     def augmentation(key: jax.Array, image: jax.Array) -> jax.Array:
         crop_key, mirror_key = jax.random.split(key)
+        translate_key, cutout_key = (jax.random.fold_in(key, number) for number in (2, 3))
         if config.random_resized_crop:
             image = random_resized_crop(
                 crop_key, image, scale=config.random_resized_crop_scale, ratio=config.random_resized_crop_ratio
             )
         if config.random_mirror:
             image = random_mirror(mirror_key, image)
+        if config.random_translate:
+            image = random_translate(translate_key, image, config.random_translate)
+        if config.cutout:
+            image = cutout(cutout_key, image, config.cutout, mean)
         return image
 
-    return augmentation if config.random_resized_crop or config.random_mirror else None
+    fields = ('random_resized_crop', 'random_mirror', 'random_translate', 'cutout')
+    return augmentation if any(config[field] for field in fields) else None
 
 
 def random_mirror(key: jax.Array, image: jax.Array) -> jax.Array:
     """Mirrors an image (H, W, C) left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def alternating_mirror(key: jax.Array, images: jax.Array, indices: jax.Array, epoch: jax.Array) -> jax.Array:
+    """Mirrors each image in every second epoch: over two epochs it is seen once each way.
+
+    Jordan 2024, arXiv:2404.00498. Whether it is the even or the odd epochs is drawn for each example, once.
+
+    Args:
+        key: the same throughout the run.
+        images: (B, H, W, C).
+        indices: (B,), the examples' places in the training split.
+        epoch: scalar, counted from 0.
+    """
+    first = jax.vmap(lambda index: jax.random.bernoulli(jax.random.fold_in(key, index)))(indices)
+    mirrored = first ^ (epoch % 2 == 1)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def random_translate(key: jax.Array, image: jax.Array, pixels: int) -> jax.Array:
+    """Moves an image (H, W, C) by up to `pixels` along both axes, uniformly; what comes in is reflected."""
+    padded = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), 'reflect')
+    top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+
+def cutout(key: jax.Array, image: jax.Array, size: int, mean: Sequence[float]) -> jax.Array:
+    """Fills a random square of `size` pixels of an image (H, W, C), all of it inside, with the mean (C,)."""
+    height, width, _ = image.shape
+    corner = jax.random.randint(key, (2,), 0, jnp.array([max(height - size, 0), max(width - size, 0)]) + 1)
+    rows, columns = jnp.arange(height) - corner[0], jnp.arange(width) - corner[1]
+    inside = ((rows >= 0) & (rows < size))[:, None] & (columns >= 0) & (columns < size)
+    return jnp.where(inside[:, :, None], jnp.asarray(mean, image.dtype), image)
+
+
+def evaluation_views(images: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """The views of images over which logits are averaged.
+
+    Args:
+        images: (B, H, W, C).
+        kind: 'none'; 'mirror', as they are and mirrored; or 'mirror_translate', both of them in place, one pixel to
+            the upper left and one to the lower right with the border reflected, where the views in place count double
+            (airbench's).
+
+    Returns:
+        The views (V, B, H, W, C) and their weights (V,), which add up to 1.
+    """
+    views, weights = [images], [1.0]
+    if kind == 'mirror_translate':
+        _, height, width, _ = images.shape
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), 'reflect')
+        views += [padded[:, :height, :width], padded[:, 2:, 2:]]
+        weights = [0.5, 0.25, 0.25]
+    if kind != 'none':
+        views += [view[:, :, ::-1] for view in views]
+        weights = [weight / 2 for weight in weights * 2]
+    return jnp.stack(views), jnp.asarray(weights)
+
+
+def make_mixing(config: ConfigDict) -> Mixing | None:
+    """Builds what mixes the images of a batch as `config.augment` describes, or None where it describes nothing.
+
+    Where both mixup and CutMix are on, each batch draws one of them.
+    """
+    kinds: list[Mixing] = []
+    if config.mixup_alpha:
+        kinds.append(partial(mixup, alpha=config.mixup_alpha))
+    if config.cutmix_alpha:
+        kinds.append(partial(cutmix, alpha=config.cutmix_alpha))
+
+    def mixing(key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        choice_key, key = jax.random.split(key)
+        return jax.lax.switch(jax.random.randint(choice_key, (), 0, len(kinds)), kinds, key, images)
+
+    return mixing if kinds else None
+
+
+def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Blends each image (B, H, W, C) with the one before it (Zhang et al. 2018, arXiv:1710.09412).
+
+    Returns:
+        The images and each one's own share (B,), drawn from Beta(alpha, alpha); the rest is its predecessor's.
+    """
+    share = jax.random.beta(key, alpha, alpha, images.shape[:1])
+    weight = share[:, None, None, None]
+    return weight * images + (1 - weight) * jnp.roll(images, 1, axis=0), share
+
+
+def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Replaces a rectangle of each image (B, H, W, C) by that of the one before it (Yun et al. 2019, arXiv:1905.04899).
+
+    The rectangle has the image's proportions, an area of 1 - Beta(alpha, alpha), and its centre anywhere; what is
+    outside of the image is cut off.
+
+    Returns:
+        The images and each one's own share (B,), its share of the pixels.
+    """
+    batch, height, width, _ = images.shape
+    area_key, centre_key = jax.random.split(key)
+    side = jnp.sqrt(1 - jax.random.beta(area_key, alpha, alpha, (batch, 1)))
+    centres = jax.random.uniform(centre_key, (batch, 2, 1))
+    rows = jnp.abs(jnp.arange(height) + 0.5 - centres[:, 0] * height) < side * height / 2  # (B, H)
+    columns = jnp.abs(jnp.arange(width) + 0.5 - centres[:, 1] * width) < side * width / 2
+    inside = rows[:, :, None] & columns[:, None, :]
+    mixed = jnp.where(inside[..., None], jnp.roll(images, 1, axis=0), images)
+    return mixed, 1 - inside.mean(axis=(1, 2), dtype=jnp.float32)
 
 
 def random_resized_crop(

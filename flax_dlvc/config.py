@@ -76,18 +76,25 @@ def _is_range(value: Sequence[float]) -> bool:
     return len(value) == 2 and 0 < value[0] <= value[1] < math.inf
 
 
+_THREE = 'must be three whole numbers of at least 1'
+MODEL_NAMES = ('cnn', 'resnet18', 'vit', 'airbench')
+
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('seed', lambda v: 0 <= v < 2**32, 'must be in [0, 2**32)'),
     ('batch_size', lambda v: v >= 1, 'must be at least 1'),
     ('accumulate_steps', lambda v: v >= 1, 'must be at least 1'),
     ('evaluation_batch_size', lambda v: v >= 1, 'must be at least 1'),
-    ('model.name', lambda v: v in ('cnn', 'resnet18', 'vit'), "must be 'cnn', 'resnet18' or 'vit'"),
+    ('model.name', lambda v: v in MODEL_NAMES, f'must be one of {MODEL_NAMES}'),
     ('model.stem', lambda v: v in ('imagenet', 'cifar'), "must be 'imagenet' or 'cifar'"),
     ('model.embed_dim', lambda v: v >= 1, 'must be at least 1'),
     ('model.hidden_dim', lambda v: v >= 1, 'must be at least 1'),
     ('model.num_heads', lambda v: v >= 1, 'must be at least 1'),
     ('model.num_layers', lambda v: v >= 1, 'must be at least 1'),
     ('model.patch_size', lambda v: v >= 1, 'must be at least 1'),
+    ('model.patch_stem', lambda v: v in ('linear', 'convolutional'), "must be 'linear' or 'convolutional'"),
+    ('model.stochastic_depth_rate', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
+    ('model.widths', lambda v: len(v) == 3 and min(v) >= 1 and all(isinstance(width, int) for width in v), _THREE),
+    ('model.depth', lambda v: v in (2, 3), 'must be 2 or 3'),
     ('compute_dtype', lambda v: v in ('float32', 'bfloat16'), "must be 'float32' or 'bfloat16'"),
     ('dropout_rate', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
     ('label_smoothing', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
@@ -97,20 +104,34 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         'must be (lowest, highest) with 0 < lowest <= highest <= 1',
     ),
     ('augment.random_resized_crop_ratio', _is_range, 'must be (lowest, highest) with 0 < lowest <= highest'),
+    ('augment.random_translate', lambda v: v >= 0, 'must be at least 0'),
+    ('augment.mixup_alpha', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('augment.cutmix_alpha', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('augment.cutout', lambda v: v >= 0, 'must be at least 0'),
     ('num_epochs', lambda v: v >= 1, 'must be at least 1'),
     ('learning_rate', lambda v: 0 < v < math.inf, 'must be positive and finite'),
-    ('optimizer.name', lambda v: v in ('adamw', 'sgd'), "must be 'adamw' or 'sgd'"),
+    ('optimizer.name', lambda v: v in ('adamw', 'sgd', 'muon'), "must be 'adamw', 'sgd' or 'muon'"),
     ('optimizer.momentum', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
     ('optimizer.weight_decay', lambda v: 0 <= v < math.inf, 'must be at least 0'),
     ('optimizer.gradient_clip_norm', lambda v: 0 <= v < math.inf, 'must be at least 0'),
+    ('optimizer.newton_schulz_steps', lambda v: v >= 1, 'must be at least 1'),
+    ('optimizer.sgd_momentum', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
+    ('optimizer.classifier_factor', lambda v: 0 < v < math.inf, 'must be positive and finite'),
+    ('optimizer.bias_factor', lambda v: 0 < v < math.inf, 'must be positive and finite'),
+    ('optimizer.whitening_bias_epochs', lambda v: 0 <= v < math.inf, 'must be at least 0'),
     (
         'schedule.name',
-        lambda v: v in ('constant', 'exponential', 'cosine', 'one_cycle'),
-        "must be 'constant', 'exponential', 'cosine' or 'one_cycle'",
+        lambda v: v in ('constant', 'exponential', 'linear', 'cosine', 'one_cycle'),
+        "must be 'constant', 'exponential', 'linear', 'cosine' or 'one_cycle'",
     ),
     ('schedule.decay_per_epoch', lambda v: 0 < v <= 1, 'must be in (0, 1]'),
     ('schedule.warmup_epochs', lambda v: 0 <= v < math.inf, 'must be at least 0'),
     ('ema_decay', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
+    (
+        'test_time_augmentation',
+        lambda v: v in ('none', 'mirror', 'mirror_translate'),
+        "must be 'none', 'mirror' or 'mirror_translate'",
+    ),
     (
         'early_stopping.metric',
         lambda v: v in ('validation_accuracy', 'validation_loss'),
@@ -148,6 +169,16 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(f'{field} {message}, not {actual[field]!r}')
     if config.model.name == 'vit' and config.model.embed_dim % config.model.num_heads:
         raise ConfigError('model.embed_dim must be divisible by model.num_heads')
+    if config.model.patch_stem == 'convolutional' and config.model.patch_size % 2:
+        raise ConfigError("model.patch_stem 'convolutional' halves the image, so that model.patch_size must be even")
+    if config.model.name == 'vit' and config.optimizer.name == 'muon':
+        raise ConfigError("optimizer.name 'muon' trains convolutions, and the vit has none; use 'adamw'")
+    if config.augment.random_mirror and config.augment.alternating_mirror:
+        raise ConfigError('augment.random_mirror and augment.alternating_mirror exclude each other')
+    if not config.splits.validation and config.early_stopping.patience:
+        raise ConfigError(
+            'splits.validation is empty, so there is nothing to stop early by: set early_stopping.patience to 0'
+        )
     if config.schedule.warmup_epochs > config.num_epochs:
         raise ConfigError('schedule.warmup_epochs must not exceed num_epochs')
 

@@ -46,7 +46,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits, the names of the classes, and the training images' mean and deviation per channel."""
+    """Three disjoint splits, the names of the classes, and the training images' mean and deviation per channel.
+
+    `validation` may be empty.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -99,9 +102,15 @@ def load(config: ConfigDict) -> Dataset:
             mixed sizes, labels outside the classes, or a config that does not fit the data.
     """
     source = _Digits() if config.dataset == 'digits' else _Tfds(config.dataset)
-    slices = {split: _parse_slice(config.splits[split], source.sizes) for split in ('train', 'validation', 'test')}
+    specs = {split: config.splits[split] for split in ('train', 'validation', 'test')}
+    slices = {
+        split: [] if split == 'validation' and spec == '' else _parse_slice(spec, source.sizes)
+        for split, spec in specs.items()
+    }
     _check_disjoint(slices)
-    splits = {split: _take(source, ranges) for split, ranges in slices.items()}
+    splits = {split: _take(source, ranges) for split, ranges in slices.items() if ranges}
+    train = splits['train']
+    splits.setdefault('validation', Split(train.images[:0], train.labels[:0]))
     statistics = (CIFAR10_MEAN, CIFAR10_STD)
     mean, std = statistics if config.dataset == 'cifar10' else channel_statistics(splits['train'].images)
     dataset = Dataset(config.dataset, source.class_names, mean, std, **splits)

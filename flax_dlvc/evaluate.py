@@ -59,6 +59,8 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find(which)
         setup = set_up(config)
+        if not len(getattr(setup.dataset, split_name)):
+            raise ConfigError(f'the {split_name} split of {workdir} is empty; name another one with --split')
         state, _ = checkpoints.restore(step, setup.abstract_state)
     metrics = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
     return describe_origin(setup, split_name, step) | metrics

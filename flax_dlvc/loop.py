@@ -132,8 +132,10 @@ def train(
                     monitor.note(step, sums)
                 images_per_second = monitor.finish()
 
-                validation = evaluate(setup, state.variables, validation_split, check_stop)
-                check_finite(validation['cross_entropy'], 'validation', step, setup, checkpoints)
+                validation: dict[str, Any] = {'cross_entropy': None, 'accuracy': None}
+                if len(dataset.validation):
+                    validation = evaluate(setup, state.variables, validation_split, check_stop)
+                    check_finite(validation['cross_entropy'], 'validation', step, setup, checkpoints)
                 trained = summarize(sums)
                 record = {
                     'epoch': epoch,
@@ -269,13 +271,16 @@ def finished(config: ConfigDict, progress: Progress) -> bool:
 def advance(config: ConfigDict, progress: Progress, record: dict[str, Any]) -> Progress:
     """The progress after an epoch."""
     metric = config.early_stopping.metric
-    stopping_state = stopping.update(
-        progress.stopping,
-        record[metric],
-        record['epoch'],
-        minimize=metric == 'validation_loss',
-        min_delta=config.early_stopping.min_delta,
-    )
+    if record[metric] is None:  # without validation nothing is chosen: the last epoch is the one to test
+        stopping_state = stopping.Stopping(best_epoch=record['epoch'])
+    else:
+        stopping_state = stopping.update(
+            progress.stopping,
+            record[metric],
+            record['epoch'],
+            minimize=metric == 'validation_loss',
+            min_delta=config.early_stopping.min_delta,
+        )
     is_best = stopping_state.best_epoch == record['epoch']
     best_step = record['step'] if is_best else progress.best_step
     history = (*progress.history, record)

@@ -58,12 +58,15 @@ class Display:
 
     def epoch(self, record: dict[str, Any], stopping: Stopping) -> None:
         """Prints the line of a finished epoch."""
-        self._best = f'  best {stopping.best_value:.4f} (epoch {stopping.best_epoch})'
+        validation = ''
+        if stopping.best_value is not None:
+            self._best = f'  best {stopping.best_value:.4f} (epoch {stopping.best_epoch})'
+            loss, accuracy = record['validation_loss'], record['validation_accuracy']
+            validation = f'  validation loss {loss:.4f} accuracy {accuracy:.4f}'
         self.print(
             f'epoch {record["epoch"]:>3}/{self._num_epochs}'
             f'  train loss {record["train_loss"]:.4f} accuracy {record["train_accuracy"]:.4f}'
-            f'  validation loss {record["validation_loss"]:.4f} accuracy {record["validation_accuracy"]:.4f}'
-            f'  learning rate {record["learning_rate"]:.2e}'
+            f'{validation}  learning rate {record["learning_rate"]:.2e}'
             f'  {record["images_per_second"]:,.0f} images/s{self._best}'
         )
 
@@ -109,7 +112,7 @@ class TensorBoard:
                 # TensorBoard drops what an interrupted run logged of this and later epochs but did not save.
                 write(session_log=SessionLog(status=SessionLog.START))
             for key, value in record.items():
-                if key != 'epoch':
+                if key != 'epoch' and value is not None:
                     tag = key.replace('_', '/', 1) if key.startswith(('train_', 'validation_')) else key
                     write(summary=scalar(tag, value))
             self._writer.flush()
@@ -134,7 +137,8 @@ def plot_curves(
         # Orange and blue of the colour-blind safe palette of Okabe and Ito; the line style tells them apart in print.
         for split, colour, style in (('train', '#E69F00', '--'), ('validation', '#0072B2', '-')):
             values = [record[f'{split}_{quantity}'] for record in history]
-            axes.plot(epochs, values, style, color=colour, marker='.', label=split)
+            if None not in values:  # a run without validation
+                axes.plot(epochs, values, style, color=colour, marker='.', label=split)
         if best_epoch is not None:
             axes.axvline(best_epoch, color='0.5', linestyle=':', label=f'best: epoch {best_epoch}')
         if stopped_early:

@@ -72,7 +72,7 @@ def write_dataset(workdir: Path, dataset: data.Dataset) -> None:
     """
     path = workdir / 'dataset.json'
     if not path.exists():
-        _write(path, json.dumps(dataset.describe(), indent=2) + '\n')
+        write_text(path, json.dumps(dataset.describe(), indent=2) + '\n')
     elif read_dataset(workdir).describe() != dataset.describe():
         raise ConfigError(f'{dataset.name} is not what {path} says of it any more; choose another --workdir')
 

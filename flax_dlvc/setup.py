@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, optim, steps
-from flax_dlvc.augment import make_augmentation
+from flax_dlvc.augment import make_augmentation, make_mixing
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums
 from flax_dlvc.models import create_model
@@ -72,7 +72,7 @@ class Setup:
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimiser, with the schedule inside."""
-        return optim.make_optimizer(self.config, self.schedule)
+        return optim.make_optimizer(self.config, self.schedule, self.steps_per_epoch)
 
     @property
     def train_step(self) -> Callable[..., tuple[steps.TrainState, Sums]]:
@@ -84,12 +84,14 @@ class Setup:
         return steps.make_train_step(
             model=self.model,
             optimizer=self.optimizer,
-            augmentation=make_augmentation(self.config.augment),
+            augmentation=make_augmentation(self.config.augment, self.dataset.mean),
             mean=self.dataset.mean,
             std=self.dataset.std,
             label_smoothing=self.config.label_smoothing,
             ema_decay=self.config.ema_decay,
             accumulate_steps=self.config.accumulate_steps,
+            mirror_period=self.steps_per_epoch if self.config.augment.alternating_mirror else 0,
+            mixing=make_mixing(self.config.augment),
             devices=self.devices,
         )
 
@@ -97,12 +99,16 @@ class Setup:
     def evaluation_step(self) -> steps.EvaluationStep:
         """The evaluation step of `steps.make_evaluation_step`."""
         return steps.make_evaluation_step(
-            model=self.model, mean=self.dataset.mean, std=self.dataset.std, devices=self.devices
+            model=self.model,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            devices=self.devices,
+            views=self.config.test_time_augmentation,
         )
 
     def create_state(self) -> steps.TrainState:
         """The initial training state, on every device."""
-        return self._create_state(self._seed)
+        return self._create_state(self._seed, self._example_images)
 
     @cached_property
     def _create_state(self) -> Callable[..., steps.TrainState]:
@@ -112,14 +118,19 @@ class Setup:
     @cached_property
     def abstract_state(self) -> steps.TrainState:
         """Shapes, dtypes and placement of a training state, without its values; what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._initialize, self._seed)
+        shapes = jax.eval_shape(self._initialize, self._seed, self._example_images)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated), shapes)
 
     @property
     def _seed(self) -> np.uint32:
         return np.uint32(self.config.seed)
 
-    def _initialize(self, seed: jax.Array) -> steps.TrainState:
+    @property
+    def _example_images(self) -> np.ndarray:
+        """What a model that is initialised from data sees; to the others it costs nothing."""
+        return self.dataset.train.images[:5000]
+
+    def _initialize(self, seed: jax.Array, images: jax.Array) -> steps.TrainState:
         return steps.create_state(
             self.model,
             self.optimizer,
@@ -127,6 +138,7 @@ class Setup:
             self.num_classes,
             seed,
             self.config.ema_decay,
+            steps.normalize(images.astype(np.float32) / 255, self.dataset.mean, self.dataset.std),
         )
 
     def empty_sums(self, kind: type[Sums] = Sums) -> Sums:

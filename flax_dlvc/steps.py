@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from flax_dlvc.augment import Augmentation
+from flax_dlvc.augment import Augmentation, Mixing, alternating_mirror, evaluation_views
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import EvaluationSums, Sums, cross_entropy
 
@@ -105,10 +105,14 @@ def create_state(
     num_classes: int,
     seed: int | jax.Array,
     ema_decay: float = 0.0,
+    images: jax.Array | None = None,
 ) -> TrainState:
-    """Initialises a state on one device; a pure function of its arguments."""
+    """Initialises a state on one device; a pure function of its arguments.
+
+    `images` (N, H, W, C), normalised, are what a model that is initialised from data sees; a black one by default.
+    """
     key, _, _ = _keys(seed)
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    variables = model.init(key, jnp.zeros((1, *image_shape)) if images is None else images, train=False)
     params = variables['params']
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -142,6 +146,8 @@ def make_train_step(
     label_smoothing: float,
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
+    mirror_period: int = 0,
+    mixing: Mixing | None = None,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
     """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
@@ -159,6 +165,8 @@ def make_train_step(
         label_smoothing: probability mass spread over all classes; the reported loss contains it.
         ema_decay: of the moving average of the parameters, per step; 0 keeps none.
         accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
+        mirror_period: steps of an epoch, in each of which `alternating_mirror` goes the other way; 0 is without it.
+        mixing: applied to each device's batch after augmentation; labels are mixed likewise.
         devices: to run on; the state and the split must be replicated over them.
 
     Returns:
@@ -168,11 +176,13 @@ def make_train_step(
     """
 
     def loss_function(
-        params: Any, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+        params: Any, state: TrainState, images: jax.Array, labels: jax.Array, share: jax.Array | None, key: jax.Array
     ) -> tuple[jax.Array, tuple[Sums, Any]]:
         variables = {'params': params, 'batch_stats': state.batch_stats}
         logits, updated = model.apply(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': key})
         losses = cross_entropy(logits, labels, label_smoothing)
+        if share is not None:
+            losses = share * losses + (1 - share) * cross_entropy(logits, jnp.roll(labels, 1), label_smoothing)
         mask = jnp.ones_like(labels, bool)
         sums = Sums.from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
         return losses.mean(), (sums, updated.get('batch_stats', {}))
@@ -182,12 +192,19 @@ def make_train_step(
     ) -> tuple[Any, Sums, Any]:
         augmentation_key, dropout_key = keys
         batch = images[indices].astype(jnp.float32) / 255
+        if mirror_period:
+            batch = alternating_mirror(augmentation_key, batch, indices, state.step // mirror_period)
+        step_key = jax.random.fold_in(augmentation_key, state.step)
         if augmentation is not None:
-            example_keys = jax.vmap(jax.random.fold_in, (None, 0))(augmentation_key, indices)
+            example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
             batch = jax.vmap(augmentation)(example_keys, batch)
+        share = None
+        if mixing is not None:
+            # A key per part of a batch: that of its first example, folded in once more.
+            batch, share = mixing(jax.random.fold_in(jax.random.fold_in(step_key, indices[0]), 1), batch)
         gradient_function = jax.grad(loss_function, has_aux=True)
         gradients, (sums, batch_stats) = gradient_function(
-            state.params, state, normalize(batch, mean, std), labels[indices], dropout_key
+            state.params, state, normalize(batch, mean, std), labels[indices], share, dropout_key
         )
         return gradients, sums, batch_stats
 
@@ -214,9 +231,9 @@ def make_train_step(
     def update(
         seed: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
     ) -> TrainState:
-        _, augmentation_key, dropout_key = (jax.random.fold_in(key, state.step) for key in _keys(seed))
-        keys = augmentation_key, jax.random.fold_in(dropout_key, jax.lax.axis_index(AXIS))
-        gradients, sums, batch_stats = gradients_of(state, images, labels, indices, keys)
+        _, augmentation_key, dropout_key = _keys(seed)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
+        gradients, sums, batch_stats = gradients_of(state, images, labels, indices, (augmentation_key, dropout_key))
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -249,15 +266,26 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    *, model: nn.Module, mean: Sequence[float], std: Sequence[float], devices: Sequence[jax.Device]
+    *,
+    model: nn.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    devices: Sequence[jax.Device],
+    views: str = 'none',
 ) -> EvaluationStep:
-    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none."""
+    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none.
+
+    Logits are averaged over the `views` of `augment.evaluation_views`.
+    """
 
     def add(
         sums: EvaluationSums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
     ) -> EvaluationSums:
         batch = images[indices].astype(jnp.float32) / 255
-        logits: Any = model.apply(variables, normalize(batch, mean, std), train=False)
+        seen, weights = evaluation_views(normalize(batch, mean, std), views)
+        logits: Any = model.apply(variables, seen.reshape(-1, *batch.shape[1:]), train=False)
+        if len(weights) > 1:
+            logits = jnp.tensordot(weights, logits.reshape(*seen.shape[:2], -1), 1, precision='highest')
         losses = cross_entropy(logits, labels[indices])
         new = EvaluationSums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
         return sums.merge(jax.lax.psum(new, AXIS))

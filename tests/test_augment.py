@@ -7,8 +7,21 @@ import pytest
 from PIL import Image
 
 from configs import default
-from flax_dlvc.augment import make_augmentation, random_mirror, random_resized_crop, resize_weights, sample_crop
+from flax_dlvc.augment import (
+    alternating_mirror,
+    cutmix,
+    cutout,
+    evaluation_views,
+    make_augmentation,
+    mixup,
+    random_mirror,
+    random_resized_crop,
+    random_translate,
+    resize_weights,
+    sample_crop,
+)
 
+MEAN = (0.5, 0.4, 0.3)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 KEYS = 8192
 
@@ -177,12 +190,12 @@ def make_config(crop, mirror):
 
 
 def test_no_augmentation():
-    assert make_augmentation(make_config(False, False)) is None
+    assert make_augmentation(make_config(False, False), MEAN) is None
 
 
 @pytest.mark.parametrize(('crop', 'mirror'), [(True, False), (False, True), (True, True)])
 def test_augmentation_is_a_function_of_its_key(crop, mirror):
-    augmentation = jax.jit(jax.vmap(make_augmentation(make_config(crop, mirror)), (0, None)))
+    augmentation = jax.jit(jax.vmap(make_augmentation(make_config(crop, mirror), MEAN), (0, None)))
     image = jnp.asarray(np.random.default_rng(0).uniform(size=(8, 8, 3)), jnp.float32)
     images = np.asarray(augmentation(jax.random.split(jax.random.key(0), 20), image))
     backwards = np.asarray(augmentation(jax.random.split(jax.random.key(0), 20)[::-1], image))
@@ -195,7 +208,7 @@ def test_augmentation_is_a_function_of_its_key(crop, mirror):
 def test_augmentation_crops_as_configured_then_mirrors():
     config = make_config(True, True)
     config.random_resized_crop_scale, config.random_resized_crop_ratio = (0.25, 0.25), (1.0, 1.0)
-    augmentation = jax.jit(jax.vmap(make_augmentation(config), (0, None)))
+    augmentation = jax.jit(jax.vmap(make_augmentation(config, MEAN), (0, None)))
     image = np.random.default_rng(0).uniform(size=(8, 8, 1)).astype(np.float32)
     images = np.asarray(augmentation(jax.random.split(jax.random.key(0), 200), image))
     possible = [  # every place of a 4x4 crop, and each mirrored
@@ -210,3 +223,83 @@ def test_augmentation_crops_as_configured_then_mirrors():
         assert min(errors) < 1e-5
         seen.add(int(np.argmin(errors)))
     assert len(seen) > 40  # of 50
+
+
+def test_alternating_mirror_shows_every_image_once_each_way():
+    images = np.random.default_rng(0).uniform(size=(200, 4, 4, 3)).astype(np.float32)
+    mirror = jax.jit(alternating_mirror)
+    epochs = [np.asarray(mirror(jax.random.key(1), images, np.arange(200), epoch)) for epoch in range(3)]
+    mirrored = [(shown == images[:, :, ::-1]).all(axis=(1, 2, 3)) for shown in epochs]
+    for shown, flip in zip(epochs, mirrored, strict=True):
+        np.testing.assert_array_equal(shown, np.where(flip[:, None, None, None], images[:, :, ::-1], images))
+    assert 70 < mirrored[0].sum() < 130
+    np.testing.assert_array_equal(mirrored[1], ~mirrored[0])
+    np.testing.assert_array_equal(mirrored[2], mirrored[0])
+    backwards = mirror(jax.random.key(1), images[::-1], np.arange(200)[::-1], 0)  # bound to the example, not the place
+    np.testing.assert_array_equal(backwards, epochs[0][::-1])
+
+
+def test_translation_reflects_and_reaches_every_place():
+    image = np.random.default_rng(0).uniform(size=(6, 6, 2)).astype(np.float32)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), 'reflect')
+    possible = {padded[i : i + 6, j : j + 6].tobytes() for i in range(5) for j in range(5)}
+    moved = jax.jit(jax.vmap(random_translate, (0, None, None)), static_argnums=2)(
+        jax.random.split(jax.random.key(0), 400), image, 2
+    )
+    assert {np.asarray(each).tobytes() for each in moved} == possible and len(possible) == 25
+
+
+def test_cutout_fills_one_square_with_the_mean():
+    image = np.ones((8, 8, 3), np.float32)
+    cut = jax.jit(jax.vmap(partial(cutout, size=3, mean=MEAN), (0, None)))(
+        jax.random.split(jax.random.key(0), 300), image
+    )
+    holes = np.asarray((cut == np.float32(MEAN)).all(axis=-1))
+    np.testing.assert_array_equal(np.asarray(cut)[~holes], 1)
+    corners = set()
+    for hole in holes:
+        rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+        assert hole.sum() == 9 and np.ptp(rows) == np.ptp(columns) == 2
+        corners.add((rows[0], columns[0]))
+    assert len(corners) == 36
+
+
+def test_six_views_are_airbenchs():
+    images = np.random.default_rng(0).uniform(size=(3, 5, 5, 2)).astype(np.float32)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), 'reflect')
+    expected = np.zeros(3)
+    score = lambda batch: (batch * np.arange(50).reshape(5, 5, 2)).sum(axis=(1, 2, 3))  # noqa: E731, any function
+    mirrored = lambda batch: 0.5 * score(batch) + 0.5 * score(batch[:, :, ::-1])  # noqa: E731
+    expected = 0.5 * mirrored(images) + 0.25 * (mirrored(padded[:, :5, :5]) + mirrored(padded[:, 2:, 2:]))
+    views, weights = evaluation_views(images, 'mirror_translate')
+    assert views.shape == (6, 3, 5, 5, 2)
+    np.testing.assert_allclose(
+        sum(w * score(np.asarray(v)) for w, v in zip(weights, views, strict=True)), expected, 1e-5
+    )
+    views, weights = evaluation_views(images, 'mirror')
+    np.testing.assert_allclose(
+        sum(w * score(np.asarray(v)) for w, v in zip(weights, views, strict=True)), mirrored(images), 1e-5
+    )
+    views, weights = evaluation_views(images, 'none')
+    np.testing.assert_array_equal(views[0], images)
+    assert weights.tolist() == [1]
+
+
+def test_mixup_blends_with_the_image_before():
+    images = np.random.default_rng(0).uniform(size=(50, 4, 4, 3)).astype(np.float32)
+    mixed, share = jax.jit(mixup)(jax.random.key(0), images, 0.8)
+    weight = np.asarray(share)[:, None, None, None]
+    np.testing.assert_allclose(mixed, weight * images + (1 - weight) * np.roll(images, 1, axis=0), rtol=1e-5, atol=1e-6)
+    assert np.std(share) > 0.2 and np.min(share) >= 0 and np.max(share) <= 1
+
+
+def test_cutmix_replaces_a_rectangle_and_its_share_is_that_of_the_pixels():
+    images = np.random.default_rng(0).uniform(size=(50, 16, 16, 3)).astype(np.float32)
+    mixed, share = (np.asarray(each) for each in jax.jit(cutmix)(jax.random.key(0), images, 1.0))
+    foreign = (mixed != images).any(axis=-1)
+    np.testing.assert_array_equal(mixed, np.where(foreign[..., None], np.roll(images, 1, axis=0), images))
+    np.testing.assert_allclose(share, 1 - foreign.mean(axis=(1, 2)), rtol=1e-5)
+    for part in foreign:
+        rows, columns = part.any(axis=1), part.any(axis=0)
+        np.testing.assert_array_equal(part, rows[:, None] & columns)
+    assert 0.3 < share.mean() < 0.8 and np.std(share) > 0.1

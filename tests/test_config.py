@@ -15,6 +15,8 @@ from flax_dlvc.errors import ConfigError
 CONFIG_FILES = sorted(
     path for path in Path(configs.__file__).parent.glob('*.py') if path.stem not in ('__init__', 'default')
 )
+RECIPES = {'fast94', 'fast96', 'resnet18_strong', 'vit_strong'}
+GRID_FILES = [path for path in CONFIG_FILES if path.stem not in RECIPES]
 EXECUTION_FIELDS = [
     'checkpoint_every_minutes',
     'checkpoint_every_steps',
@@ -151,7 +153,7 @@ RANGES = [
     ('seed', [0, 2**32 - 1], [-1, 2**32]),
     ('batch_size', [1], [0, -1]),
     ('evaluation_batch_size', [1], [0, -1]),
-    ('model.name', ['cnn', 'resnet18', 'vit'], ['', 'CNN', 'resnet']),
+    ('model.name', ['cnn', 'resnet18', 'vit', 'airbench'], ['', 'CNN', 'resnet']),
     ('model.stem', ['imagenet', 'cifar'], ['', 'cifar10']),
     ('model.embed_dim', [1], [0, -1]),
     ('model.hidden_dim', [1], [0, -1]),
@@ -183,11 +185,25 @@ RANGES = [
     ),
     ('num_epochs', [1], [0, -1]),
     ('learning_rate', [1e-9, 100.0], [0.0, -1e-3, math.inf]),
-    ('optimizer.name', ['adamw', 'sgd'], ['adam', '']),
+    ('optimizer.name', ['adamw', 'sgd', 'muon'], ['adam', '']),
+    ('optimizer.newton_schulz_steps', [1], [0]),
+    ('optimizer.sgd_momentum', [0.0, 0.9], [-0.1, 1.0]),
+    ('optimizer.classifier_factor', [0.1, 5000.0], [0.0, -1.0, math.inf]),
+    ('optimizer.bias_factor', [0.1, 5000.0], [0.0, -1.0, math.inf]),
+    ('optimizer.whitening_bias_epochs', [0.0, 3.0], [-0.1, math.inf]),
+    ('test_time_augmentation', ['none', 'mirror', 'mirror_translate'], ['six', '']),
+    ('model.widths', [(1, 1, 1)], [(1, 1), (0, 1, 1), (1.5, 2, 2)]),
+    ('model.depth', [2, 3], [1, 4]),
+    ('augment.random_translate', [0, 4], [-1]),
+    ('augment.mixup_alpha', [0.0, 0.8], [-0.1, math.inf]),
+    ('augment.cutmix_alpha', [0.0, 1.0], [-0.1, math.inf]),
+    ('model.patch_stem', ['linear', 'convolutional'], ['', 'conv']),
+    ('model.stochastic_depth_rate', [0.0, 0.1], [-0.1, 1.0]),
+    ('augment.cutout', [0, 12], [-1]),
     ('optimizer.momentum', [0.0, 0.999], [-0.1, 1.0]),
     ('optimizer.weight_decay', [0.0, 10.0], [-0.1, math.inf]),
     ('optimizer.gradient_clip_norm', [0.0, 10.0], [-0.1, math.inf]),
-    ('schedule.name', ['constant', 'exponential', 'cosine', 'one_cycle'], ['linear', '']),
+    ('schedule.name', ['constant', 'exponential', 'linear', 'cosine', 'one_cycle'], ['quadratic', '']),
     ('schedule.decay_per_epoch', [1e-9, 1.0], [0.0, 1.001, -0.5]),
     ('schedule.warmup_epochs', [0.0, 0.5, 30.0], [-0.1, 30.5, math.inf]),
     ('ema_decay', [0.0, 0.9999], [-0.1, 1.0]),
@@ -246,16 +262,23 @@ def expected_settings(name):
     return model, dropout_rate, 'augment' in regularizations, 'cifar10'
 
 
-def test_there_are_thirteen_configs():
+def test_there_are_the_twelve_configs_the_recipes_and_a_quick_start():
     names = {
         f'{model}{suffix}'
         for model in ('cnn', 'resnet18', 'vit')
         for suffix in ('', '_dropout', '_augment', '_dropout_augment')
     }
-    assert {path.stem for path in CONFIG_FILES} == names | {'quickstart'}
+    assert {path.stem for path in CONFIG_FILES} == names | RECIPES | {'quickstart'}
 
 
-@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('name', sorted(RECIPES))
+def test_recipe(parse, name):
+    config = parse('--config', Path(configs.__file__).with_name(f'{name}.py'))
+    assert (config.name, config.dataset, config.splits.test) == (name, 'cifar10', 'test')
+    assert 'test' not in config.splits.train + config.splits.validation
+
+
+@pytest.mark.parametrize('path', GRID_FILES, ids=lambda path: path.stem)
 def test_config_file(parse, path):
     config = parse('--config', path)
     model, dropout_rate, augmented, dataset = expected_settings(path.stem)
@@ -389,3 +412,12 @@ def test_execution_fields_do_not_make_another_run(field):
 @pytest.mark.parametrize('field', sorted(flatten(default.get_config()).keys() - EXECUTION_FIELDS))
 def test_any_other_field_does(field):
     assert differing_fields(default.get_config(), with_field(field, 'something else')) == [field]
+
+
+def test_no_validation_means_no_early_stopping():
+    config = default.get_config()
+    config.splits.validation = ''
+    with pytest.raises(ConfigError, match=r'early_stopping\.patience to 0'):
+        validate(config)
+    config.early_stopping.patience = 0
+    validate(config)

@@ -300,3 +300,16 @@ def test_the_average_of_the_parameters_is_what_is_validated(small_config, tmp_pa
     state = restore_latest(tmp_path / 'moving')
     assert state.variables['params'] is state.ema_params
     assert read_history(tmp_path / 'moving')[1]['validation_loss'] < second['validation_loss']
+
+
+def test_without_validation_all_epochs_run_and_the_last_is_tested(small_config, tmp_path):
+    small_config.splits.train, small_config.splits.validation = 'train[:8%]+train[20%:22%]', ''
+    small_config.early_stopping.patience, small_config.num_epochs = 0, 2
+    small_config.test_time_augmentation = 'mirror_translate'
+    result = loop.run(small_config, tmp_path)
+    assert result['best_epoch'] == result['epochs_run'] == 2 and not result['stopped_early']
+    history = read_history(tmp_path)
+    assert [record['validation_accuracy'] for record in history] == [None, None]
+    assert evaluate_checkpoint(tmp_path, 'test', 'latest')['accuracy'] == result['test']['accuracy']
+    with pytest.raises(ConfigError, match=r'validation split of .* is empty'):
+        evaluate_checkpoint(tmp_path, 'validation', 'best')

@@ -103,7 +103,7 @@ def gradients(params, seed, scale=1.0):
 
 
 def train(config, params, all_gradients, schedule=None):
-    optimizer = make_optimizer(config, schedule or optax.constant_schedule(config.learning_rate))
+    optimizer = make_optimizer(config, schedule or optax.constant_schedule(config.learning_rate), 10)
 
     @jax.jit
     def train_all(params, all_gradients):
@@ -212,3 +212,52 @@ def test_weight_decay_moves_kernels_only(model, optimizer):
             'vit': {'bias', 'scale', 'cls_token', 'pos_embedding'},
         }[model]
     )
+
+
+def test_linear_falls_to_zero():
+    expected = [0.5, 0.5 * 39 / 40, 0.25, 0.5 / 40]
+    assert rates([0, 1, 20, 39], **{'schedule.name': 'linear'}) == pytest.approx(expected, rel=1e-5)
+
+
+def newton_schulz(matrix, steps):
+    """Muon's quintic iteration on a matrix (rows, columns), by definition."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_muon_by_definition():
+    generator = np.random.default_rng(0)
+    shapes = {'conv1': (3, 3, 4, 6), 'conv2': (3, 3, 6, 6), 'conv3': (3, 3, 6, 6)}  # two of one shape, as a batch
+    params = {name: {'kernel': generator.normal(size=shape)} for name, shape in shapes.items()}
+    params |= {'classifier': {'kernel': generator.normal(size=(6, 3))}, 'norm': {'bias': generator.normal(size=6)}}
+    params |= {'whitening': {'bias': generator.normal(size=5)}}
+    fields = {'name': 'muon', 'momentum': 0.6, 'weight_decay': 0.01, 'classifier_factor': 3.0, 'bias_factor': 2.0}
+    config = make_config(**{f'optimizer.{name}': value for name, value in fields.items()}, **{'learning_rate': 0.1})
+    config.optimizer.whitening_bias_epochs = 0.2  # two steps of ten
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    each = [gradients(params, seed) for seed in range(4)]
+    actual = train(config, jax.tree.map(np.float32, params), each, schedule)
+
+    momenta = jax.tree.map(np.zeros_like, params)
+    for step, now in enumerate(each):
+        rate = 0.1 * (1 - step / 4)
+        for name, entry in params.items():
+            ((leaf, value),) = entry.items()
+            gradient = np.float64(now[name][leaf])
+            if name.startswith('conv'):
+                mean = momenta[name][leaf] = 0.6 * momenta[name][leaf] + 0.4 * gradient
+                # optax corrects the averages for their start at zero
+                nesterov = 0.6 * mean / (1 - 0.6 ** (step + 2)) + 0.4 * gradient / (1 - 0.6 ** (step + 1))
+                matrix = nesterov.reshape(-1, value.shape[-1]).T  # (outputs, inputs)
+                value = value * np.sqrt(value.shape[-1]) / np.linalg.norm(value)
+                entry[leaf] = value - rate * newton_schulz(matrix, 3).T.reshape(value.shape)
+                continue
+            factor = 3.0 if name == 'classifier' else 2.0
+            rate_here = 2.0 * 0.1 * max(0, 1 - step / 2) if name == 'whitening' else factor * rate
+            gradient = gradient + 0.01 / (0.1 * factor) * value
+            momenta[name][leaf] = 0.85 * momenta[name][leaf] + gradient
+            entry[leaf] = value - rate_here * (gradient + 0.85 * momenta[name][leaf])
+    assert_close(actual, params, rtol=1e-3)

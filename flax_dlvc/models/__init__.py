@@ -7,11 +7,17 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from flax_dlvc.models.airbench import Airbench
 from flax_dlvc.models.cnn import CNN
 from flax_dlvc.models.resnet import ResNet18
 from flax_dlvc.models.vit import ViT
 
-MODELS: dict[str, Callable[..., nn.Module]] = {'cnn': CNN, 'resnet18': ResNet18, 'vit': ViT}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    'airbench': Airbench,
+    'cnn': CNN,
+    'resnet18': ResNet18,
+    'vit': ViT,
+}
 
 
 def create_model(name: str, *, num_classes: int, dropout_rate: float, dtype: str, **options: Any) -> nn.Module:

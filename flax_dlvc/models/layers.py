@@ -272,6 +272,18 @@ class Dropout(nn.Module):
         return jnp.where(keep, x * jnp.asarray(2**32 / threshold, x.dtype), 0)
 
 
+class StochasticDepth(nn.Module):
+    """Drops a whole branch of an example with probability `rate` (Huang et al. 2016, arXiv:1603.09382)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """Any shape (B, …) to the same shape; draws from the 'dropout' stream of random keys."""
+        ones = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype)
+        return x * Dropout(self.rate)(ones, deterministic)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU through erf, 2x faster on a CPU than `nn.gelu(approximate=False)`, which goes through erfc."""
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))

@@ -3,11 +3,13 @@
 Shapes: B batch, H height, W width, C channels, P patch size, N tokens, D embedding, F hidden features, A heads.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Dropout, attention, gelu
+from flax_dlvc.models.layers import Conv, Dropout, StochasticDepth, attention, gelu, max_pool
 
 
 def image_to_patches(x: jax.Array, patch_size: int) -> jax.Array:
@@ -52,18 +54,20 @@ class Block(nn.Module):
     num_heads: int
     dropout_rate: float
     dtype: jnp.dtype
+    stochastic_depth_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps tokens (B, N, D) to tokens (B, N, D)."""
         embed_dim = x.shape[-1]
+        sometimes = partial(StochasticDepth(self.stochastic_depth_rate), deterministic=not train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_1')(x)
-        x = x + SelfAttention(self.num_heads, self.dropout_rate, self.dtype, name='attn')(y, train=train)
+        x = x + sometimes(SelfAttention(self.num_heads, self.dropout_rate, self.dtype, name='attn')(y, train=train))
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_2')(x)
         y = gelu(nn.Dense(self.hidden_dim, dtype=self.dtype, name='linear_0')(y))
         y = Dropout(self.dropout_rate)(y, deterministic=not train)
         y = nn.Dense(embed_dim, dtype=self.dtype, name='linear_3')(y)
-        return x + Dropout(self.dropout_rate)(y, deterministic=not train)
+        return x + sometimes(Dropout(self.dropout_rate)(y, deterministic=not train))
 
 
 class ViT(nn.Module):
@@ -75,13 +79,22 @@ class ViT(nn.Module):
     num_heads: int = 8
     num_layers: int = 6
     patch_size: int = 4
+    patch_stem: str = 'linear'
+    stochastic_depth_rate: float = 0.0  # of the last block; it grows linearly from 0 at the first
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps normalised images (B, H, W, C) to logits (B, num_classes) in float32."""
-        x = image_to_patches(x, self.patch_size)
+        if self.patch_stem == 'convolutional':  # Xiao et al. 2021, arXiv:2106.14881: what a patch is, learned locally
+            for number, features in enumerate((self.embed_dim // 4, self.embed_dim // 2)):
+                x = Conv(features, (3, 3), dtype=self.dtype, name=f'stem_{number}')(x)
+                x = gelu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f'stem_norm_{number}')(x))
+                x = max_pool(x, (2, 2), (2, 2)) if number == 0 else x
+            x = image_to_patches(x, self.patch_size // 2)
+        else:
+            x = image_to_patches(x, self.patch_size)
         batch, num_patches, _ = x.shape
         x = nn.Dense(self.embed_dim, dtype=self.dtype, name='input_layer')(x)
         normal = nn.initializers.normal(1.0)  # the tutorial's torch.randn
@@ -91,7 +104,9 @@ class ViT(nn.Module):
         x = jnp.concatenate([cls_tokens, x], axis=1) + positions  # (B, N, D)
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         for layer in range(self.num_layers):
-            block = Block(self.hidden_dim, self.num_heads, self.dropout_rate, self.dtype, name=f'transformer_{layer}')
+            drop = self.stochastic_depth_rate * layer / max(1, self.num_layers - 1)
+            name = f'transformer_{layer}'
+            block = Block(self.hidden_dim, self.num_heads, self.dropout_rate, self.dtype, drop, name=name)
             x = block(x, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='mlp_head_0')(x[:, 0])
         return nn.Dense(self.num_classes, dtype=self.dtype, name='mlp_head_1')(x).astype(jnp.float32)

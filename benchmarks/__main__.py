@@ -1,0 +1,209 @@
+"""Measures and writes: `python -m benchmarks [throughput] [overhead] [startup] [--quick] [--output DIR]`.
+
+Without a name, all. Figures are kept in DIR/benchmarks.json, one entry per case, so that a part can be measured again;
+DIR/benchmarks.md is written from them. PyTorch is the peer where it is installed (`pip install torch`).
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks import overhead, throughput
+
+PARTS = ('throughput', 'overhead', 'startup')
+MODELS = ('cnn', 'resnet18', 'vit')
+
+# An epoch of CIFAR-10 where that takes less than a minute on two cores, part of one for the ViT.
+EPOCHS: dict[str, dict[str, Any]] = {
+    'cnn': {},
+    'resnet18': {},
+    'vit': {'splits.train': 'train[:10%]', 'splits.validation': 'train[80%:82%]'},
+}
+QUICK = {
+    'dataset': 'digits',
+    'splits.train': 'train[:20%]',
+    'splits.validation': 'train[80%:]',
+    'batch_size': 32,
+    'evaluation_batch_size': 100,
+}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on, and when."""
+    names = [
+        line.split(':')[1].strip() for line in _read('/proc/cpuinfo').splitlines() if line.startswith('model name')
+    ]
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'torch')
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in packages if importlib.util.find_spec(name)]
+    return {
+        'date': datetime.now(UTC).date().isoformat(),
+        'processor': f'{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores',
+        'versions': ', '.join([f'Python {platform.python_version()}', *versions]),
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ''
+
+
+def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measures the parts that were asked for; every case goes to the results as soon as it is done."""
+    torch_is_there = importlib.util.find_spec('torch') is not None
+    if not torch_is_there:
+        print('torch is not installed: our steps are measured without a peer')
+    peers = tuple(arguments.peers) if torch_is_there else ()
+    rounds, turn_seconds = (1, 0.0) if arguments.quick else (arguments.rounds, 1.0)
+
+    def keep(part: str, name: str, value: Any) -> None:
+        results.setdefault(part, {})[name] = {'machine': machine(), 'value': value}
+        write(results, arguments.output)
+        print(f'{part}: {name} done', flush=True)
+
+    for model in arguments.models:
+        if 'throughput' in arguments.parts:
+            for batch_size in arguments.batch_sizes:
+                for dtype in arguments.dtypes:
+                    case = throughput.Case(model, batch_size, dtype)
+                    keep(
+                        'throughput',
+                        str(case),
+                        throughput.compare(case, peers, rounds=rounds, turn_seconds=turn_seconds),
+                    )
+        if 'startup' in arguments.parts:
+            changes = QUICK if arguments.quick else {}
+            keep('startup', model, overhead.start_up(model, changes, rounds=min(rounds, 3)))
+        if 'overhead' in arguments.parts:
+            changes = QUICK if arguments.quick else EPOCHS[model]
+            keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2, rounds=1))
+
+
+def write(results: dict[str, Any], directory: Path) -> None:
+    """Writes both files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / 'benchmarks.json').write_text(json.dumps(results, indent=1) + '\n')
+    (directory / 'benchmarks.md').write_text(render(results))
+
+
+def render(results: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        '# Benchmarks',
+        '',
+        'Written by `python -m benchmarks`. Ratios are lowest / median / highest over turns in which the contenders',
+        'work one after the other; above 1, ours is faster. On a CPU only ratios mean anything: the speed of a shared',
+        'machine changes by the minute.',
+    ]
+    if throughput_cases := results.get('throughput'):
+        lines += ['', '## Our steps against PyTorch', '', *_throughput(throughput_cases)]
+    if startup_cases := results.get('startup'):
+        lines += ['', '## From process start to the end of the first training step', '', *_startup(startup_cases)]
+    if overhead_cases := results.get('overhead'):
+        lines += ['', '## Around the step', '', *_overhead(overhead_cases)]
+    measured = [entry['machine'] for part in PARTS for entry in results.get(part, {}).values()]
+    lines += ['', '## Machine', '']
+    for key in ('date', 'processor', 'versions'):
+        lines.append(f'* {key}: {"; ".join(dict.fromkeys(each[key] for each in measured))}')
+    return '\n'.join(lines) + '\n'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ['| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows)]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f'{min(values):.2f} / **{statistics.median(values):.2f}** / {max(values):.2f}'
+
+
+def _throughput(cases: dict[str, Any]) -> list[str]:
+    lines = [
+        'Images/s of ours over those of PyTorch, both from equal weights, the configs with dropout, AdamW (PyTorch:',
+        'its fused one). PyTorch computes in bfloat16 by autocast.',
+        '`best` is the better of eager and channels-last within each turn.',
+    ]
+    for phase, title in (('train', 'Training step'), ('evaluate', 'Evaluation step')):
+        rows = []
+        for name, entry in cases.items():
+            contenders = entry['value']['contenders']
+            row = [name]
+            for peers in (('eager',), ('channels_last',), ('compile',), ('eager', 'channels_last')):
+                there = tuple(peer for peer in peers if phase in contenders.get(peer, {}))
+                row.append(_spread(throughput.ratios(contenders, phase, there)) if there else '–')
+            rows.append(row)
+        lines += ['', f'**{title}**', '', *_table((title, 'eager', 'channels-last', 'torch.compile', 'best'), rows)]
+    rows = []
+    for name, entry in cases.items():
+        contenders = entry['value']['contenders']
+        for key, scale in (('first_step_seconds', 1), ('peak_bytes', 2**30)):
+            row = [f'{name}: {"first step, s" if scale == 1 else "peak memory, GiB"}']
+            for contender in ('ours', *throughput.PEERS):
+                value = contenders.get(contender, {}).get(key)
+                row.append('–' if value is None else f'{value / scale:.1f}')
+            rows.append(row)
+    head = ('', 'ours', 'eager', 'channels-last', 'torch.compile')
+    return [*lines, '', '**First step (compilation included) and peak memory of the process**', '', *_table(head, rows)]
+
+
+def _startup(cases: dict[str, Any]) -> list[str]:
+    rows = []
+    for model, entry in cases.items():
+        value = entry['value']
+        least = [a + b for a, b in zip(value['imports'], value['compile'], strict=True)]
+        quotients = [cold / each for cold, each in zip(value['cold'], least, strict=True)]
+        columns = (value['cold'], value['imports'], value['compile'], quotients, value['warm'])
+        rows.append([model, *map(_spread, columns)])
+    head = ('seconds', 'cold', 'imports', 'compiling the training step', 'cold / (imports + compiling)', 'warm')
+    return [
+        'Cold: no compiled program is in the cache. Warm: all are. Decoded images are there in both.',
+        '',
+        *_table(head, rows),
+    ]
+
+
+def _overhead(cases: dict[str, Any]) -> list[str]:
+    rows = []
+    for model, entry in cases.items():
+        value = entry['value']
+        train, validate = (statistics.median(value[key]) for key in ('train', 'validate'))
+        loop = [(train + validate) / seconds for seconds in value['epoch']]
+        evaluation = [f / v for f, v in zip(value['forward'], value['validate'], strict=True)]
+        rows.append([model, f'{value["images"][0]:,}', _spread(loop), _spread(evaluation)])
+    head = ('', 'images an epoch', 'loop', 'evaluation')
+    return [
+        'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training',
+        'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
+        'on batches that lie ready.',
+        '',
+        *_table(head, rows),
+    ]
+
+
+def main() -> None:
+    """Parses the command line, measures, writes."""
+    parser = argparse.ArgumentParser('python -m benchmarks', description=__doc__)
+    parser.add_argument('parts', nargs='*', metavar='PART', help=f'of {", ".join(PARTS)}; all without one')
+    parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS)
+    parser.add_argument('--batch-sizes', nargs='+', type=int, default=(128, 256))
+    parser.add_argument('--dtypes', nargs='+', choices=('float32', 'bfloat16'), default=('float32', 'bfloat16'))
+    parser.add_argument('--peers', nargs='+', choices=throughput.PEERS, default=throughput.PEERS)
+    parser.add_argument('--rounds', type=int, default=5, help='turns of every contender')
+    parser.add_argument('--quick', action='store_true', help='smallest sizes: does it run?')
+    parser.add_argument('--output', type=Path, default=Path('docs/results'))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f'{unknown.pop()!r} is not one of {", ".join(PARTS)}')
+    arguments.parts = arguments.parts or PARTS
+    path = arguments.output / 'benchmarks.json'
+    measure(arguments, json.loads(path.read_text()) if path.exists() else {})
+    print(f'written to {arguments.output / "benchmarks.md"}')
+
+
+if __name__ == '__main__':
+    main()

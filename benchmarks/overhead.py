@@ -1,0 +1,164 @@
+"""What is lost around the compiled step: in the loop, in evaluation, and before the first step.
+
+The loop is a whole process, `python -m flax_dlvc.main`, watched from outside: its epoch lines are the clock, so that
+saving, logging and validation count. The bare step is the same compiled step, fed the same batches, without a loop.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.throughput import Contender, serve
+
+# Prints the time when the first training step is complete, and leaves.
+_FIRST_STEP = """
+import os, sys, time
+import jax
+from flax_dlvc import loop, main
+def note(self, step, sums):
+    jax.block_until_ready(sums)
+    print(time.time(), flush=True)
+    os._exit(0)
+loop.Monitor.note = note
+main.main(['main', *sys.argv[1:]])
+"""
+
+# Prints how long the training step of a config takes to compile, its imports and its data aside.
+_COMPILE = """
+import sys, time
+import numpy as np
+from flax_dlvc.config import parse_command_line
+from flax_dlvc import steps
+config = parse_command_line(['main', *sys.argv[1:]], lambda flags: None).config
+from flax_dlvc.setup import set_up
+setup = set_up(config)
+indices = np.zeros((1, 1, config.batch_size), np.int32)
+split = setup.place(setup.dataset.train)
+start = time.perf_counter()
+setup.train_step.func.lower(*setup.train_step.args, setup.abstract_state, *split, indices).compile()
+print(time.perf_counter() - start)
+"""
+
+
+def main_flags(model: str, changes: dict[str, Any]) -> list[str]:
+    """Flags of `flax_dlvc.main` for a model's config with dropout, on one device, with changes."""
+    changes = {'num_devices': 1} | changes
+    return [f'--config=configs/{model}_dropout.py', *(f'--config.{field}={value}' for field, value in changes.items())]
+
+
+def start_up(model: str, changes: dict[str, Any], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds from process start to the end of the first training step, and what it cannot do without.
+
+    Returns:
+        In each round: `cold` without and `warm` with compiled programs in the cache (decoded images are there in
+        both), `imports` (a process that only imports what a run imports) and `compile` (of the training step alone).
+    """
+    flags = main_flags(model, changes)
+    _spent([sys.executable, '-c', _COMPILE, *flags], {})  # decodes the images, once
+    seconds: dict[str, list[float]] = {'cold': [], 'warm': [], 'imports': [], 'compile': []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as directory:
+            cache = {'JAX_COMPILATION_CACHE_DIR': f'{directory}/compiled'}
+            for kind in ('cold', 'warm'):
+                started = time.time()
+                output, _ = _spent([sys.executable, '-c', _FIRST_STEP, *flags, f'--workdir={directory}/{kind}'], cache)
+                seconds[kind].append(float(output.split()[-1]) - started)
+        with tempfile.TemporaryDirectory() as directory:
+            cache = {'JAX_COMPILATION_CACHE_DIR': directory}
+            seconds['imports'].append(_spent([sys.executable, '-c', 'import flax_dlvc.loop'], cache)[1])
+            seconds['compile'].append(float(_spent([sys.executable, '-c', _COMPILE, *flags], cache)[0].split()[-1]))
+    return seconds
+
+
+def _spent(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
+    """What a process prints and the seconds it takes."""
+    start = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout, time.perf_counter() - start
+
+
+def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
+    """A process that runs the compiled steps alone: `train(n)`, `validate()`, `forward()` as it is told."""
+    import jax
+    import jax.numpy as jnp
+
+    from flax_dlvc import data, evaluate, steps
+    from flax_dlvc.setup import set_up
+
+    config = importlib.import_module(f'configs.{model}_dropout').get_config()
+    config.update_from_flattened_dict({'num_devices': 1} | changes)
+    setup = set_up(config)
+    train_split, validation_split = setup.place(setup.dataset.train), setup.place(setup.dataset.validation)
+    holder = [setup.create_state()]
+    order = data.epoch_order(len(setup.dataset.train), 0, 1)
+    train_calls = steps.calls(data.training_batches(order, config.batch_size, 1), 0, setup.steps_per_call)
+    size = config.evaluation_batch_size
+    batches = [
+        steps.normalize(
+            jnp.asarray(validation_split[0][start : start + size], jnp.float32) / 255, (0.5,) * 3, (0.25,) * 3
+        )
+        for start in range(0, len(setup.dataset.validation), size)
+    ]
+    apply = jax.jit(lambda variables, images: setup.model.apply(variables, images, train=False))
+
+    def train() -> None:
+        for indices in train_calls:
+            holder[0], sums = setup.train_step(holder[0], *train_split, indices)
+        jax.block_until_ready(sums)
+
+    def forward() -> None:
+        outputs = [apply(holder[0].variables, batch) for batch in batches]
+        jax.block_until_ready(outputs)
+
+    def validate() -> None:
+        evaluate.evaluate(setup, holder[0].variables, validation_split)
+
+    def size_of_epoch() -> int:
+        return sum(np.size(indices) for indices in train_calls)
+
+    serve(connection, {'train': train, 'forward': forward, 'validate': validate, 'images': size_of_epoch})
+
+
+def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> dict[str, list[float]]:
+    """Compares whole epochs of `flax_dlvc.main` with the bare steps, and `evaluate` with the bare forward pass.
+
+    Returns:
+        In each round, seconds: `epoch` of main (training, validation, saving, logging; the first one, which compiles,
+        left out), `train` of the same steps bare, `validate` (flax_dlvc.evaluate), `forward` (the model alone on
+        batches that lie ready). And `images` of an epoch.
+    """
+    flags = main_flags(model, changes | {'num_epochs': epochs + 1, 'early_stopping.patience': 0})
+    worker = Contender(bare, model, changes)
+    for name in ('train', 'validate', 'forward'):
+        worker.ask(name)  # compiles
+    seconds: dict[str, list[float]] = {'epoch': [], 'train': [], 'validate': [], 'forward': []}
+    for _ in range(rounds):
+        seconds['train'].append(worker.ask('train')[1])
+        seconds['epoch'] += _epoch_seconds(flags)
+        seconds['train'].append(worker.ask('train')[1])
+        for _ in range(3):
+            seconds['validate'].append(worker.ask('validate')[1])
+            seconds['forward'].append(worker.ask('forward')[1])
+    seconds['images'] = [worker.ask('images')[0]]
+    worker.stop()
+    return seconds
+
+
+def _epoch_seconds(flags: list[str]) -> list[float]:
+    """Runs main and takes the time between its epoch lines."""
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = Path(directory) / 'run'
+        command = [sys.executable, '-u', '-m', 'flax_dlvc.main', *flags, f'--workdir={workdir}']
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        times = [time.perf_counter() for line in process.stdout if line.lstrip().startswith('epoch')]
+        if process.wait():
+            raise RuntimeError(f'{" ".join(command)} ended with {process.returncode}')
+    return list(np.diff(times))

@@ -1,0 +1,225 @@
+"""Images/s of the training and the evaluation step, ours against PyTorch's, in turns on the same machine.
+
+Every contender is a process of its own and does the whole of a step: take a batch of uint8 images by index, normalise,
+forward, cross-entropy, backward, AdamW. They start from equal weights, which is checked by their logits, and work one
+at a time; a ratio is taken within a turn, so that what slows the machine for a while slows both.
+"""
+
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+IMAGES = 1024  # of the synthetic split that batches are taken from
+PEERS = ('eager', 'channels_last', 'compile')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured: a model, examples per step, and the compute dtype."""
+
+    model: str
+    batch_size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f'{self.model}, batch {self.batch_size}, {self.dtype}'
+
+
+def synthetic_split() -> tuple[np.ndarray, np.ndarray]:
+    """Random images (N, 32, 32, 3) uint8 and labels (N,) int32; speed does not depend on what they show."""
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8), generator.integers(0, 10, IMAGES, np.int32)
+
+
+def synthetic_setup(config: Any) -> Any:
+    """A `Setup` on the synthetic split and one device."""
+    import jax
+
+    from flax_dlvc import data, setup, steps
+
+    steps.keep_freed_memory()
+    split = data.Split(*synthetic_split())
+    names = tuple(map(str, range(10)))
+    dataset = data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)
+    return setup.Setup(config, dataset, jax.local_devices()[:1])
+
+
+def ours(case: Case, connection: Connection) -> None:
+    """A process that trains and evaluates our model as it is told."""
+    import jax
+    import jax.numpy as jnp
+
+    config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
+    config.batch_size, config.compute_dtype = case.batch_size, case.dtype
+    setup = synthetic_setup(config)
+    images, labels = setup.place(setup.dataset.train)
+    indices = np.arange(case.batch_size, dtype=np.int32).reshape(1, 1, -1)
+    holder = [setup.create_state()]
+    leaves = jax.tree_util.tree_leaves_with_path({'params': holder[0].params, 'batch_stats': holder[0].batch_stats})
+    weights = {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}
+
+    def logits() -> np.ndarray:
+        from flax_dlvc.steps import normalize
+
+        batch = normalize(jnp.asarray(images[:64], jnp.float32) / 255, setup.dataset.mean, setup.dataset.std)
+        return np.asarray(jax.jit(setup.model.apply, static_argnames='train')(holder[0].variables, batch, train=False))
+
+    def train(num_steps: int) -> None:
+        for _ in range(num_steps):
+            holder[0], sums = setup.train_step(holder[0], images, labels, indices)
+        jax.block_until_ready(sums)
+
+    def evaluate(num_steps: int) -> None:
+        for _ in range(num_steps):
+            sums = setup.evaluation_step(holder[0].variables, setup.empty_sums(), images, labels, indices)
+        jax.block_until_ready(sums)
+
+    serve(connection, {'weights': lambda: weights, 'logits': logits, 'train': train, 'evaluate': evaluate})
+
+
+def peer(case: Case, variant: str, weights: dict[str, np.ndarray], connection: Connection) -> None:
+    """A process that trains and evaluates PyTorch's model as it is told."""
+    import torch
+    from torch.nn import functional
+
+    from benchmarks.torch_reference import MODELS, state_dict
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    from flax_dlvc.data import CIFAR10_MEAN, CIFAR10_STD
+
+    config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
+    model = MODELS[case.model](config.dropout_rate)
+    missing = model.load_state_dict(state_dict(weights), strict=False).missing_keys
+    assert all(name.endswith('num_batches_tracked') for name in missing), missing
+    layout = torch.contiguous_format if variant == 'eager' else torch.channels_last
+    model = model.to(memory_format=layout)
+    decayed = [parameter for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    spared = [parameter for name, parameter in model.named_parameters() if parameter.ndim <= 1]
+    groups = [{'params': decayed, 'weight_decay': 0.01}, {'params': spared, 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    network = torch.compile(model) if variant == 'compile' else model
+    images_nhwc, labels_array = synthetic_split()
+    images, labels = torch.from_numpy(images_nhwc).permute(0, 3, 1, 2), torch.from_numpy(labels_array).long()
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (CIFAR10_MEAN, CIFAR10_STD))
+    indices = torch.arange(case.batch_size)
+
+    def forward(chosen: torch.Tensor) -> torch.Tensor:
+        batch = ((images[chosen].float() / 255 - mean) / std).contiguous(memory_format=layout)
+        with torch.autocast('cpu', torch.bfloat16, enabled=case.dtype == 'bfloat16'):
+            return network(batch)
+
+    def logits() -> np.ndarray:
+        model.eval()
+        with torch.inference_mode():
+            return forward(torch.arange(64)).float().numpy()
+
+    def train(num_steps: int) -> None:
+        model.train()
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            functional.cross_entropy(forward(indices).float(), labels[indices]).backward()
+            optimizer.step()
+
+    def evaluate(num_steps: int) -> None:
+        model.eval()
+        with torch.inference_mode():
+            for _ in range(num_steps):
+                outputs = forward(indices).float()
+                functional.cross_entropy(outputs, labels[indices], reduction='sum').item()
+                (outputs.argmax(1) == labels[indices]).sum().item()
+
+    serve(connection, {'logits': logits, 'train': train, 'evaluate': evaluate})
+
+
+def serve(connection: Connection, functions: dict[str, Any]) -> None:
+    """Answers (name, arguments) with (value, seconds) until it is told to stop; then with the peak memory in bytes."""
+    while (request := connection.recv()) is not None:
+        name, *arguments = request
+        start = time.perf_counter()
+        value = functions[name](*arguments)
+        connection.send((value, time.perf_counter() - start))
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+class Contender:
+    """A process at work, seen from the one that measures."""
+
+    def __init__(self, target: Any, *arguments: Any):
+        context = multiprocessing.get_context('spawn')
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, *request: Any) -> tuple[Any, float]:
+        """The value of a function there and the seconds that it took."""
+        self._connection.send(request)
+        return self._connection.recv()
+
+    def stop(self) -> int:
+        """Ends the process; its peak memory in bytes."""
+        self._connection.send(None)
+        peak = self._connection.recv()
+        self._process.join()
+        return peak
+
+
+def compare(case: Case, variants: tuple[str, ...], *, rounds: int, turn_seconds: float) -> dict[str, Any]:
+    """Measures one case.
+
+    Args:
+        case: what to measure.
+        variants: of PyTorch: 'eager', 'channels_last', 'compile'; those that fail are named with their reason.
+        rounds: turns of every contender.
+        turn_seconds: a turn takes as many steps as last about that long, at least one.
+
+    Returns:
+        For every contender `first_step_seconds`, `peak_bytes`, `train` and `evaluate` (images/s in each turn), and
+        `logits_difference`, the largest from ours.
+    """
+    contenders = {'ours': Contender(ours, case)}
+    weights = contenders['ours'].ask('weights')[0]
+    expected = contenders['ours'].ask('logits')[0]
+    results: dict[str, dict[str, Any]] = {'ours': {}}
+    for variant in variants:
+        contenders[variant] = Contender(peer, case, variant, weights)
+        try:
+            difference = float(np.abs(contenders[variant].ask('logits')[0] - expected).max())
+        except EOFError:
+            results[variant] = {'failed': 'its process ended; see above'}
+            del contenders[variant]
+            continue
+        tolerance = 1e-3 if case.dtype == 'float32' else 0.05 * float(np.abs(expected).max())
+        if difference > tolerance:
+            raise AssertionError(f'{case}: logits of {variant} differ by {difference}')
+        results[variant] = {'logits_difference': difference}
+    for phase in ('train', 'evaluate'):
+        num_steps = {}
+        for name, contender in contenders.items():
+            first = contender.ask(phase, 1)[1]
+            results[name].setdefault('first_step_seconds', first)
+            seconds = min(contender.ask(phase, 1)[1] for _ in range(2))
+            num_steps[name] = max(1, round(turn_seconds / seconds))
+            results[name][phase] = []
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                seconds = contender.ask(phase, num_steps[name])[1]
+                results[name][phase].append(num_steps[name] * case.batch_size / seconds)
+    for name, contender in contenders.items():
+        results[name]['peak_bytes'] = contender.stop()
+    return dataclasses.asdict(case) | {'contenders': results}
+
+
+def ratios(contenders: dict[str, dict[str, Any]], phase: str, peers: tuple[str, ...]) -> tuple[float, float, float]:
+    """Lowest, median and highest of our images/s over the best of the peers' in the same turn."""
+    measured = [contenders[name][phase] for name in peers if phase in contenders.get(name, {})]
+    values = [mine / max(theirs) for mine, *theirs in zip(contenders['ours'][phase], *measured, strict=True)]
+    return min(values), statistics.median(values), max(values)

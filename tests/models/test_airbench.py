@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_dlvc.models import create_model
+from flax_dlvc.models.airbench import dirac_init, whitening_kernel
+
+
+def smooth_images(count, size=12):
+    """Images whose neighbouring pixels and channels are correlated, as those of photographs."""
+    noise = np.random.default_rng(0).normal(size=(count, size + 1, size + 1, 3)).astype(np.float32)
+    smooth = noise[:, 1:, 1:] + noise[:, :-1, 1:] + noise[:, 1:, :-1]
+    return smooth + smooth.mean(axis=3, keepdims=True)
+
+
+def patches(images, size):
+    """Every patch, flattened as a kernel is: (patches, size * size * C)."""
+    windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))  # (B, H, W, C, P, P)
+    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * images.shape[-1]).astype(np.float64)
+
+
+def test_whitening_by_definition():
+    images = smooth_images(50)
+    flat = patches(images, 2)
+    eigenvalues, eigenvectors = np.linalg.eigh(flat.T @ flat / len(flat))
+    kernel = np.asarray(jax.jit(whitening_kernel, static_argnums=1)(images, 2), np.float64).reshape(12, 24)
+    np.testing.assert_array_equal(kernel[:, 12:], -kernel[:, :12])
+    expected = eigenvectors / np.sqrt(eigenvalues + 5e-4)
+    signs = np.sign((kernel[:, :12] * expected).sum(axis=0))  # an eigenvector's sign is free
+    np.testing.assert_allclose(kernel[:, :12], expected * signs, rtol=2e-3, atol=2e-3 * abs(expected).max())
+
+
+def test_whitened_patches_are_uncorrelated_and_the_layer_stays_as_it_was():
+    images = smooth_images(50)
+    model = create_model('airbench', num_classes=10, dropout_rate=0.0, dtype='float32', widths=(4, 8, 8))
+    batch = np.resize(images, (50, 32, 32, 3))
+    variables = jax.jit(lambda images: model.init(jax.random.key(0), images, train=False))(batch)
+    assert 'kernel' not in variables['params']['whitening']
+    kernel = variables['batch_stats']['whitening']['kernel']
+    white = patches(batch, 2) @ np.asarray(kernel, np.float64).reshape(12, 24)[:, :12]
+    np.testing.assert_allclose(white.T @ white / len(white), np.eye(12), atol=0.02)
+    logits, updated = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=['batch_stats']))(variables, batch)
+    assert logits.shape == (50, 10) and logits.dtype == jnp.float32
+    np.testing.assert_array_equal(updated['batch_stats']['whitening']['kernel'], kernel)
+    before, after = variables['batch_stats']['block1']['norm1'], updated['batch_stats']['block1']['norm1']
+    assert not np.allclose(before['mean'], after['mean'])
+
+
+def test_dirac_kernel_copies_its_input():
+    kernel = dirac_init(jax.random.key(0), (3, 3, 4, 6))
+    image = np.random.default_rng(0).normal(size=(1, 5, 5, 4)).astype(np.float32)
+    y = jax.lax.conv_general_dilated(image, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    np.testing.assert_allclose(y[..., :4], image, atol=1e-6)
+    assert np.abs(kernel[..., 4:]).max() <= 36**-0.5 and np.std(kernel[..., 4:]) > 0.05
+
+
+def test_a_third_convolution_is_residual():
+    model = create_model('airbench', num_classes=10, dropout_rate=0.0, dtype='float32', widths=(4, 4, 4), depth=3)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    assert set(variables['params']['block2']) == {'conv1', 'conv2', 'conv3', 'norm1', 'norm2', 'norm3'}
