@@ -231,7 +231,7 @@ def test_hostile_text_is_shown_and_not_run(finished_study):
 
 
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-PROBE = """<script>
+PROBE = """<script>addEventListener('load', () => {
 const table = document.querySelector('table.sortable'), report = {title: document.title};
 const column = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[3].dataset.key));
 const button = table.tHead.rows[0].cells[3].querySelector('button');
@@ -244,7 +244,7 @@ report.wide = document.documentElement.scrollWidth - document.documentElement.cl
 report.width = document.documentElement.clientWidth;
 report.images = [...document.images].map((i) => i.complete && i.naturalWidth > 0);
 document.documentElement.setAttribute('data-report', JSON.stringify(report));
-</script></body>"""
+});</script></body>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason='no Chromium on this machine')
