@@ -159,10 +159,15 @@ class Cell:
         return REPORT.get((self.model, self.regularization)) if self.dataset == 'cifar10' else None
 
     @property
+    def variant(self) -> str:
+        """The regularisation, and what else is special."""
+        special = ''.join(f', {field.split(".")[-1]} {_plain(ours)}' for field, (ours, _) in self.settings.items())
+        return REGULARIZATIONS[self.regularization] + special
+
+    @property
     def title(self) -> str:
         """Model, regularisation and what else is special, for people."""
-        special = ''.join(f', {field} {_plain(ours)}' for field, (ours, _) in self.settings.items())
-        return f'{MODELS[self.model]}, {REGULARIZATIONS[self.regularization]}{special}'
+        return f'{MODELS[self.model]}, {self.variant}'
 
     @property
     def note(self) -> str:
@@ -315,7 +320,7 @@ def _to_report(cell: Cell, metric: str, place: int, scale: float) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     ('Model', lambda cell: MODELS[cell.model]),
-    ('Regularisation', lambda cell: REGULARIZATIONS[cell.regularization]),
+    ('Regularisation', lambda cell: cell.variant),
     ('Seeds', lambda cell: str(len(cell.finished))),
     ('Accuracy (%)', lambda cell: mean_and_deviation(cell.values('accuracy'), percent)),
     ('Report (%)', lambda cell: percent(cell.report[0]) if cell.report else '–'),
