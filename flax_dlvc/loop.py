@@ -86,6 +86,10 @@ def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, disp
     rewinds = 0
     while True:
         state, progress = restore_or_start(setup, checkpoints, display)
+        if (
+            progress.history and distributed.is_main()
+        ):  # a process that ended after a save may not have come to write it
+            rundir.write_history(workdir, progress.history)
         rewinds = max(rewinds, progress.rewinds)
         slower = setup.with_learning_rate(config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)

@@ -1,0 +1,106 @@
+"""Disks that are full, read-only or gone, for real: exit code 4, one line, and the run goes on when they are mended."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_history
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mounts a tmpfs of a size at a directory; returns how to mount it again with other options."""
+    mounted = []
+
+    def mount(directory, size):
+        directory.mkdir(parents=True, exist_ok=True)
+        command = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', directory]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip('a small disk needs the right to mount a tmpfs')
+        mounted.append(directory)
+        return lambda options: subprocess.run(['mount', '-o', f'remount,{options}', directory], check=True)
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(['umount', '-l', directory], check=True)
+
+
+@pytest.fixture
+def arguments(tmp_path, small_run_flags):
+    workdir = tmp_path / 'run'
+    flags = (*small_run_flags, '--config.num_epochs=2')
+    return 'main', '--config', ROOT / 'configs' / 'cnn.py', '--workdir', workdir, *flags
+
+
+def assert_ends_with_4(done, *parts):
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith('error: cannot ')
+    assert done.stderr.count('\n') == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+# Beside config.json there is room for nothing; for metrics.jsonl; for TensorBoard's events too.
+@pytest.mark.parametrize(('size', 'part'), [('4k', 'metrics.jsonl'), ('8k', 'tensorboard'), ('32k', 'curves.png')])
+def test_no_space_for_a_log(tmp_path, mount, command, arguments, size, part):
+    """The checkpoints are on a disk with space."""
+    remount = mount(tmp_path / 'run', size)
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'run' / 'checkpoints').symlink_to(tmp_path / 'checkpoints')
+    (tmp_path / 'config').mkdir()
+    done = command(*arguments[:4], tmp_path / 'config' / 'run', *arguments[5:], '--config.num_epochs=1')
+    assert done.returncode == 0, done.stderr
+    shutil.copy(tmp_path / 'config' / 'run' / 'config.json', tmp_path / 'run')
+    arguments = (*arguments, '--config.num_epochs=1')
+    assert_ends_with_4(command(*arguments), part)
+    assert not (tmp_path / 'run' / 'result.json').exists()
+
+    remount('size=10m')
+    done = command(*arguments)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert read_history(tmp_path / 'run') == read_history(tmp_path / 'config' / 'run')
+
+
+def test_a_run_directory_that_became_read_only(tmp_path, mount, start, command, arguments):
+    remount = mount(tmp_path / 'run', '100m')
+    process = start(*arguments)
+    for line in process.stdout:
+        if ' parameters on digits ' in line:
+            break
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    remount('ro')
+    assert_ends_with_4(command(*arguments), str(tmp_path / 'run'))
+    remount('rw')
+    assert command(*arguments).returncode == 0
+
+
+def test_a_run_directory_that_is_removed(tmp_path, start, arguments):
+    process = start(*arguments, '--config.num_epochs=1000', '--config.early_stopping.patience=0')
+    for line in process.stdout:
+        if line.startswith('epoch   2/'):
+            break
+    (tmp_path / 'run').rename(tmp_path / 'elsewhere')  # at once; removing file by file is a matter of luck
+    shutil.rmtree(tmp_path / 'elsewhere')
+    stdout, stderr = process.communicate(timeout=60)
+    assert_ends_with_4(subprocess.CompletedProcess([], process.returncode, stdout, stderr), str(tmp_path / 'run'))
+
+
+def test_output_that_cannot_be_written(arguments):
+    """A log on a full disk."""
+    with Path('/dev/full').open('w') as full:
+        done = subprocess.run(
+            [sys.executable, '-m', f'flax_dlvc.{arguments[0]}', *map(str, arguments[1:])],
+            cwd=ROOT,
+            env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert_ends_with_4(done, 'No space left on device')
