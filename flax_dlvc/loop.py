@@ -86,9 +86,8 @@ def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, disp
     rewinds = 0
     while True:
         state, progress = restore_or_start(setup, checkpoints, display)
-        if (
-            progress.history and distributed.is_main()
-        ):  # a process that ended after a save may not have come to write it
+        if progress.history and distributed.is_main():
+            # A process may have ended between its last save and this file.
             rundir.write_history(workdir, progress.history)
         rewinds = max(rewinds, progress.rewinds)
         slower = setup.with_learning_rate(config.learning_rate / 2**rewinds) if rewinds else setup
