@@ -18,6 +18,7 @@ CONFIG_FILES = sorted(
 RECIPES = {'fast94', 'fast96', 'resnet18_strong', 'vit_strong'}
 GRID_FILES = [path for path in CONFIG_FILES if path.stem not in RECIPES]
 EXECUTION_FIELDS = [
+    'accumulate_steps',
     'checkpoint_every_minutes',
     'checkpoint_every_steps',
     'evaluation_batch_size',
@@ -152,6 +153,7 @@ def test_missing_group():
 RANGES = [
     ('seed', [0, 2**32 - 1], [-1, 2**32]),
     ('batch_size', [1], [0, -1]),
+    ('accumulate_steps', [1], [0, -1]),
     ('evaluation_batch_size', [1], [0, -1]),
     ('model.name', ['cnn', 'resnet18', 'vit', 'airbench'], ['', 'CNN', 'resnet']),
     ('model.stem', ['imagenet', 'cifar'], ['', 'cifar10']),

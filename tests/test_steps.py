@@ -21,7 +21,7 @@ def split():
     return data.Split(images, generator.integers(0, NUM_CLASSES, NUM_EXAMPLES).astype(np.int32))
 
 
-def make_model(dropout_rate=0.0, name='cnn'):
+def make_model(dropout_rate=0.0, name='cnn', **options):
     return create_model(
         name,
         num_classes=NUM_CLASSES,
@@ -30,10 +30,13 @@ def make_model(dropout_rate=0.0, name='cnn'):
         stage_features=(8,),  # CNN
         hidden_features=16,  # CNN
         stage_sizes=(1,),  # ResNet
+        **options,
     )
 
 
-def train(split, *, model, num_devices, steps_per_call=1, num_steps=10, augmentation=None, optimizer=None):
+def train(
+    split, *, model, num_devices, steps_per_call=1, num_steps=10, augmentation=None, optimizer=None, accumulate_steps=1
+):
     """Trains from the same start; returns the state and the loss of every step."""
     optimizer = optimizer or optax.sgd(0.05)
     devices = jax.devices()[:num_devices]
@@ -47,6 +50,7 @@ def train(split, *, model, num_devices, steps_per_call=1, num_steps=10, augmenta
         mean=MEAN,
         std=STD,
         label_smoothing=0.0,
+        accumulate_steps=accumulate_steps,
         devices=devices,
     )
     batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), BATCH_SIZE, num_devices)[:num_steps]
@@ -101,6 +105,28 @@ def test_several_steps_in_one_call_are_the_same_steps(split):
     assert int(four.step) == 10
     assert_trees_close(one.params, four.params, 1e-5)
     assert int(four.sums.loss.count) == 10 * BATCH_SIZE
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_accumulated_gradients_are_those_of_the_large_batch(split, num_devices):
+    model = make_model()
+    whole, losses = train(split, model=model, num_devices=num_devices)
+    parts, losses_of_parts = train(split, model=model, num_devices=num_devices, accumulate_steps=4)
+    np.testing.assert_allclose(losses_of_parts, losses, rtol=1e-5)
+    assert_trees_close(parts.params, whole.params, 1e-5)
+    assert int(parts.step) == 10
+    assert int(parts.sums.confusion.counts.sum()) == 10 * BATCH_SIZE
+
+
+def test_synchronised_batch_norm_trains_on_two_devices_like_on_one(split):
+    own = make_model(name='resnet18')
+    synchronised = make_model(name='resnet18', batch_norm_axis=steps.AXIS)
+    one, losses_of_one = train(split, model=own, num_devices=1, num_steps=3)
+    two, losses_of_two = train(split, model=synchronised, num_devices=2, num_steps=3)
+    _, apart = train(split, model=own, num_devices=2, num_steps=3)
+    np.testing.assert_allclose(losses_of_two, losses_of_one, rtol=1e-4)
+    assert_trees_close(two.batch_stats, one.batch_stats, 1e-4)
+    assert np.abs(apart - losses_of_one).max() > 1e-3
 
 
 def test_dropout_differs_between_steps_and_devices(split):
