@@ -1,8 +1,12 @@
 """PyTorch's weights in and out."""
 
+import importlib
+import json
+
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT, SMALL_RUN
 
 from flax_dlvc import interop
 from flax_dlvc.errors import ConfigError
@@ -23,3 +27,59 @@ def test_importing_what_was_exported_is_the_identity(tmp_path, small_vit_config)
     weights['extra'] = weights.pop('mlp_head.1.bias')
     with pytest.raises(ConfigError, match=r'missing: mlp_head\.1\.bias; surplus: extra; misshapen: cls_token is'):
         interop.from_torch(setup, weights)
+
+
+@pytest.mark.parametrize(('name', 'reference'), [('cnn', 'CNN'), ('resnet18', 'ResNet18'), ('vit', 'ViT')])
+def test_logits_are_those_of_pytorch(name, reference):
+    torch = pytest.importorskip('torch', reason='compares with PyTorch, which is not installed')
+    from benchmarks import torch_reference
+
+    config = importlib.import_module(f'configs.{name}').get_config()
+    config.update_from_flattened_dict(SMALL_RUN)
+    setup = set_up(config)
+    variables = setup.create_state().variables
+    generator = np.random.default_rng(0)
+    # Statistics, biases and scales that are not zero or one, so that each has to be in its place.
+    variables = jax.tree.map(lambda leaf: leaf + 0.05 * generator.random(leaf.shape, np.float32), variables)
+    weights = interop.to_torch(setup, variables)
+    model = getattr(torch_reference, reference)(0.0).eval()
+    renamed = {'fc1': 'hidden', 'fc2': 'classifier'} | {f'conv{i + 1}': f'convolutions.{i}' for i in range(3)}
+    state_dict = {}
+    for key, value in weights.items():
+        layer, _, rest = key.partition('.')
+        state_dict[f'{renamed.get(layer, layer)}.{rest}' if name == 'cnn' else key] = torch.from_numpy(value.copy())
+    missing, surplus = model.load_state_dict(state_dict, strict=False)
+    assert not surplus and all(key.endswith('num_batches_tracked') for key in missing)
+    images = generator.normal(size=(8, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    logits = np.asarray(setup.model.apply(variables, images, train=False))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, command, small_run_flags):
+    """Through the commands, as a user would: train, export, import, evaluate, train on with other classes."""
+    config = ['--config', ROOT / 'configs' / 'cnn.py', *small_run_flags, '--config.num_epochs=1']
+    trained, imported, tuned = (tmp_path / name for name in ('trained', 'imported', 'tuned'))
+    weights = ['--weights', tmp_path / 'cnn.safetensors']
+    for module, *arguments in (
+        ('main', *config, '--workdir', trained),
+        ('interop', 'export', '--workdir', trained, *weights),
+        ('interop', 'import', *config, '--workdir', imported, *weights),
+        ('evaluate', '--workdir', imported),
+    ):
+        done = command(module, *arguments)
+        assert done.returncode == 0, done.stderr
+    evaluation = json.loads((imported / 'evaluation-test.json').read_text())
+    test = json.loads((trained / 'result.json').read_text())['test']
+    assert evaluation['cross_entropy'] == test['cross_entropy']
+
+    done = command('main', *config, f'--config.init_from={imported}', '--config.learning_rate=1e-9', '--workdir', tuned)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tuned / 'result.json').read_text())['test']
+    assert result['cross_entropy'] == pytest.approx(test['cross_entropy'], rel=1e-4)
+    again = command('interop', 'import', *config, '--workdir', imported, *weights)
+    assert again.returncode == 2 and 'holds a run already' in again.stderr and again.stderr.count('\n') == 1
+    nowhere = command('main', *config, f'--config.init_from={tmp_path / "none"}', '--workdir', tmp_path / 'new')
+    assert nowhere.returncode == 2 and nowhere.stderr.count('\n') == 1, nowhere.stderr
