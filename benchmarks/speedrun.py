@@ -17,6 +17,7 @@ from flax_dlvc import data, steps
 from flax_dlvc.config import parse_command_line
 from flax_dlvc.errors import run_command
 from flax_dlvc.evaluate import evaluate
+from flax_dlvc.metrics import EvaluationSums
 from flax_dlvc.setup import Setup, set_up
 
 ANCHOR = 0.29e15  # floating-point operations of airbench94's run to 94 % (Jordan 2024, arXiv:2404.00498)
@@ -47,7 +48,7 @@ def count_operations(setup: Setup) -> tuple[float, float]:
     indices = np.zeros((1, 1, config.batch_size), np.int32)
     step = setup.train_step.func.lower(*setup.train_step.args, state, *train_split, indices).cost_analysis()['flops']
     indices = np.zeros((1, 1, config.evaluation_batch_size), np.int32)
-    sums = setup.empty_sums()
+    sums = setup.empty_sums(EvaluationSums)
     test = setup.evaluation_step.lower(state.variables, sums, *test_split, indices)
     num_tests = -(-len(setup.dataset.test) // config.evaluation_batch_size)
     return step * config.num_epochs * setup.steps_per_epoch, test.cost_analysis()['flops'] * num_tests

@@ -57,6 +57,8 @@ def ours(case: Case, connection: Connection) -> None:
     import jax
     import jax.numpy as jnp
 
+    from flax_dlvc.metrics import EvaluationSums
+
     config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
     config.batch_size, config.compute_dtype = case.batch_size, case.dtype
     setup = synthetic_setup(config)
@@ -79,7 +81,7 @@ def ours(case: Case, connection: Connection) -> None:
 
     def evaluate(num_steps: int) -> None:
         for _ in range(num_steps):
-            sums = setup.evaluation_step(holder[0].variables, setup.empty_sums(), images, labels, indices)
+            sums = setup.evaluation_step(holder[0].variables, setup.empty_sums(EvaluationSums), images, labels, indices)
         jax.block_until_ready(sums)
 
     serve(connection, {'weights': lambda: weights, 'logits': logits, 'train': train, 'evaluate': evaluate})

@@ -180,9 +180,7 @@ class _Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process with its error, and the others with its message."""
-        import jax
-
-        if any(isinstance(each, jax.errors.JaxRuntimeError) for each in (error, error.__cause__)):
+        if _is_of_the_runtime(error):
             self._stopped.wait(2 * LOST_AFTER)  # a collective may have failed since another is gone: `_run` will say so
         if isinstance(error, CommandError):
             exit_code, message = error.exit_code, ' '.join(str(error).split())
@@ -224,6 +222,17 @@ class _Watch:
                 if now - self._seen[number][1] > LOST_AFTER and not self._stopped.is_set():
                     names = dict(client.key_value_dir_get('names'))
                     _end(PeerError.exit_code, f'{names.get(f"names/{number}", f"process {number}")} is gone; {AGAIN}')
+
+
+def _is_of_the_runtime(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is XLA's: that of a collective is, and some are wrapped as others."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _end(exit_code: int, reason: str) -> NoReturn:

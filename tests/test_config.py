@@ -242,7 +242,7 @@ def test_nan_is_never_in_range(field):
 
 def test_every_field_has_a_range():
     fields = {field for field, value in flatten(default.get_config()).items() if not isinstance(value, bool)}
-    free_text = {'name', 'dataset', 'splits.train', 'splits.validation', 'splits.test'}
+    free_text = {'name', 'dataset', 'init_from', 'splits.train', 'splits.validation', 'splits.test'}
     assert fields - free_text == {field for field, _, _ in RANGES}
 
 

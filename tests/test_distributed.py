@@ -16,7 +16,7 @@ from flax_dlvc import rundir
 pytestmark = pytest.mark.timeout(280)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def start_processes(start):
     """Starts a run of several processes, `devices` CPU devices each; none of them outlives the test."""
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def wait_for_step(workdir, step, seconds=120):
     raise TimeoutError(f'no checkpoint of step {step} in {workdir}')
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def flags(small_run_flags):
     """A small run on all devices of a small ViT with dropout, augmentation and averaging: all randomness there is."""
     size = {'embed_dim': 16, 'hidden_dim': 16, 'num_heads': 2, 'num_layers': 1, 'patch_size': 8}
@@ -62,14 +62,20 @@ def flags(small_run_flags):
         *('--config', ROOT / 'configs' / 'vit_dropout_augment.py'),
         *(flag for flag in small_run_flags if 'num_devices' not in flag),
         *(f'--config.model.{field}={value}' for field, value in size.items()),
-        *('--config.ema_decay=0.9', '--config.early_stopping.patience=0', '--config.num_epochs=50'),
+        *('--config.ema_decay=0.9', '--config.early_stopping.patience=0', '--config.num_epochs=30'),
     ]
 
 
 def test_losses_do_not_depend_on_devices_and_processes(tmp_path, start_processes):
     fields = ('dataset=digits', 'batch_size=128', 'num_epochs=1', 'splits.train=train[:90%]')
-    # Not AdamW, whose first updates are as large for a gradient that is rounding as for one that is not.
-    fields += ('splits.validation=train[90%:]', 'evaluation_batch_size=100', 'optimizer.name=sgd', 'learning_rate=0.05')
+    # Small steps: AdamW's first updates are as large for a gradient that is rounding as for one that is not, and the
+    # flat parts of digits tie in max pooling, where rounding chooses who gets the gradient.
+    fields += (
+        'splits.validation=train[90%:]',
+        'evaluation_batch_size=100',
+        'optimizer.name=sgd',
+        'learning_rate=0.001',
+    )
     flags = ['--config', ROOT / 'configs' / 'cnn.py', *(f'--config.{field}' for field in fields)]
     runs = {'1 device': (1, 1), '2 devices': (1, 2), '4 devices': (1, 4), '2 processes of 2 devices': (2, 2)}
     results = {}
@@ -104,7 +110,7 @@ def test_stopped_on_four_devices_it_goes_on_in_two_processes_and_is_evaluated_on
     codes, outputs, errors = finish(start_processes(2, 1, *flags, *here))
     assert codes == [0, 0], errors
     assert 'going on after step' in outputs[0]
-    assert [record['epoch'] for record in read_history(tmp_path / 'run')] == list(range(1, 51))
+    assert [record['epoch'] for record in read_history(tmp_path / 'run')] == list(range(1, 31))
 
     codes, _, errors = finish(start_processes(1, 1, *flags, '--workdir', tmp_path / 'whole'))
     assert codes == [0], errors
@@ -119,12 +125,13 @@ def test_stopped_on_four_devices_it_goes_on_in_two_processes_and_is_evaluated_on
     assert evaluation['accuracy'] == test['accuracy']
 
 
-@pytest.fixture
-def whole(tmp_path, start_processes, flags):
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, start_processes, flags):
     """A run of two processes that nobody interrupted."""
-    codes, _, errors = finish(start_processes(2, 1, *flags, '--workdir', tmp_path / 'whole'))
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    codes, _, errors = finish(start_processes(2, 1, *flags, '--workdir', workdir))
     assert codes == [0, 0], errors
-    return tmp_path / 'whole'
+    return workdir
 
 
 def check_same(workdir, whole):
@@ -135,7 +142,7 @@ def check_same(workdir, whole):
 
 def test_a_killed_process_takes_the_other_down_and_the_run_goes_on_later(tmp_path, start_processes, flags, whole):
     flags = [*flags, '--workdir', tmp_path / 'run']
-    for victim, step in ((1, 5), (0, 50)):
+    for victim, step in ((1, 5), (0, 30)):
         processes = start_processes(2, 1, *flags, '--config.checkpoint_every_steps=1')
         wait_for_step(tmp_path / 'run', step)
         processes[victim].kill()

@@ -58,7 +58,8 @@ def test_probabilities_are_the_models_and_need_no_dataset(
         assert record['predictions'][0]['class'] == str(expected.argmax())
 
 
-def test_a_damaged_image_costs_a_line_and_the_exit_code(run_directory, pictures, tmp_path, capsys):
+def test_a_damaged_image_costs_a_line_and_the_exit_code(run_directory, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '300')  # so that the table need not break a path
     arguments = ['', '--workdir', str(run_directory), '--top', '2', '--explain', str(tmp_path / 'out'), str(pictures)]
     with pytest.raises(CommandError, match='1 of 4 images cannot be read') as caught:
         predict.main(arguments)

@@ -44,7 +44,7 @@ def assert_ends_with_4(done, *parts):
 
 
 # Beside config.json there is room for nothing; for metrics.jsonl; for TensorBoard's events too.
-@pytest.mark.parametrize(('size', 'part'), [('4k', 'metrics.jsonl'), ('8k', 'tensorboard'), ('32k', 'curves.png')])
+@pytest.mark.parametrize(('size', 'part'), [('8k', 'metrics.jsonl'), ('12k', 'tensorboard'), ('32k', 'curves.png')])
 def test_no_space_for_a_log(tmp_path, mount, command, arguments, size, part):
     """The checkpoints are on a disk with space."""
     remount = mount(tmp_path / 'run', size)
