@@ -225,7 +225,7 @@ class _Watch:
 
 
 def _is_of_the_runtime(error: BaseException | None) -> bool:
-    """Whether an error, or one that it comes from, is XLA's: that of a collective is, and some are wrapped as others."""
+    """Whether an error, or one that it comes from, is XLA's, as those of collectives are."""
     import jax
 
     while error is not None:
