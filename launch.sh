@@ -114,9 +114,11 @@ tasks_on_node() {
 
 # Runs a command as $1 processes, each in a process group of its own, so that Ctrl-C reaches it through us alone.
 run_processes() {
-    local count=$1 port pids=() codes=() number code status=0 failed_for=0
+    local count=$1 port pids=() codes=() number code status=0 failed_for=0 asked=
     shift
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    trap 'asked=TERM' TERM
+    trap 'asked=INT' INT
     set -m
     for ((number = 0; number < count; number++)); do
         (
@@ -125,10 +127,12 @@ run_processes() {
         ) &
         pids+=($!)
     done
-    trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
-    trap 'kill -INT "${pids[@]}" 2>/dev/null' INT
     while [ "${#codes[@]}" -lt "$count" ]; do
         sleep 0.2
+        if [ -n "$asked" ]; then
+            kill -"$asked" "${pids[@]}" 2>/dev/null || true
+            asked=
+        fi
         for number in "${!pids[@]}"; do
             if [ -n "${codes[number]:-}" ] || kill -0 "${pids[number]}" 2>/dev/null; then
                 continue

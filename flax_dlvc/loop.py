@@ -319,17 +319,18 @@ class Monitor:
         """Takes note of a call that has been handed to the devices and ends with `step`."""
         self._look()
         self._pending = (step, sums)
+        if sums.loss.total.is_ready():  # several CPU devices, where each call is waited for
+            self._look()
 
     def finish(self) -> float:
         """Looks at the last call; returns images/s, without the first call, which may have been compiled."""
         self._look()
-        self._pending = None
         return self._images_per_second
 
     def _look(self) -> None:
         if self._pending is None:
             return
-        step, sums = self._pending
+        (step, sums), self._pending = self._pending, None
         loss = float(sums.loss.total) / max(1, int(sums.loss.count))  # waits for the call
         check_finite(loss, 'training', step, self._setup, self._checkpoints)
         start, first_step = self._since

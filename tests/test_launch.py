@@ -188,7 +188,12 @@ sys.exit(128 + {int(number)})
 """
     )
     environment = os.environ | {'PYTHON': make_venv_that_installs(installed)}
-    process = subprocess.Popen([installed / 'launch.sh', '--processes', '2', 'configs/cnn.py'], env=environment)
+    process = subprocess.Popen(
+        [installed / 'launch.sh', '--processes', '2', 'configs/cnn.py'],
+        env=environment,
+        # A shell that was started with SIGINT ignored, as in the background, cannot trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     logs = [installed / f'log{process_id}' for process_id in range(2)]
     end = time.monotonic() + 60
     while not all(log.exists() and log.read_text() == 'ready;' for log in logs) and time.monotonic() < end:
