@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/cnn_augment.py
 
-CIFAR-10, seed 0: 0.597 validation accuracy after two epochs.
+CIFAR-10, seed 0: Runs for all 30 epochs, the last one best: 0.753 test accuracy, 0.733 nats.
 An epoch takes about half a minute on two CPU cores.
 """
 

@@ -35,9 +35,7 @@ def get_config() -> ConfigDict:
     config.model.stochastic_depth_rate = 0.0  # ViT: probability to drop a branch of the last block; the first's is 0
     config.model.widths = (64, 256, 256)  # airbench: features of each block
     config.model.depth = 2  # airbench: convolutions in a block, 2 or 3; the third is residual
-    config.synchronize_batch_norm = (
-        False  # ResNet18, airbench: training statistics over all devices, not each device's own
-    )
+    config.synchronize_batch_norm = False  # ResNet18, airbench: training statistics over all devices, not each one's
     config.compute_dtype = 'float32'  # 'float32' or 'bfloat16'; parameters, normalisation and loss stay float32
 
     config.init_from = ''  # run directory whose best checkpoint the run begins with, as far as it fits; '' is none
@@ -50,13 +48,9 @@ def get_config() -> ConfigDict:
     config.augment.random_resized_crop_scale = (0.08, 1.0)  # crop area as a fraction of the image's, lowest and highest
     config.augment.random_resized_crop_ratio = (3 / 4, 4 / 3)  # crop width / height, lowest and highest
     config.augment.random_mirror = False  # left-right, with probability 1/2
-    config.augment.alternating_mirror = (
-        False  # a random half of the images left-right, the other half in the next epoch
-    )
+    config.augment.alternating_mirror = False  # a random half of the images left-right, the other half an epoch later
     config.augment.random_translate = 0  # pixels, at most, along each axis; the border is reflected
-    config.augment.mixup_alpha = (
-        0.0  # images blended with shares from Beta(alpha, alpha), as are their labels; 0 is off
-    )
+    config.augment.mixup_alpha = 0.0  # images and labels blended with shares from Beta(alpha, alpha); 0 is off
     config.augment.cutmix_alpha = 0.0  # likewise a rectangle of another image; with both on, a batch draws one
     config.augment.cutout = 0  # pixels, side of the square that is set to the mean; 0 is off
 

@@ -89,7 +89,7 @@ def crop_scales(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
             series.setdefault((cell.model, cell.regularization, others), []).append(cell)
     found = []
     for members in series.values():
-        members.sort(key=lambda cell: crop_scale(cell))
+        members.sort(key=crop_scale)
         if len({crop_scale(cell) for cell in members}) > 1:
             found.append(
                 (f'{tables.MODELS[members[0].model]}, {tables.REGULARIZATIONS[members[0].regularization]}', members)

@@ -64,7 +64,7 @@ def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, A
             )
             yield f'crop_scale{suffix}', caption, crop_scale(series)
     if (workdir / 'examples.png').exists():
-        lowest = sorted({0.08, 0.25, 0.5, 0.75} | {c.config.augment.random_resized_crop_scale[0] for c in cells})
+        lowest = sorted({0.08, 0.25, 0.5, 0.75} | set(map(answers.crop_scale, cells)))
         caption = 'What augmentation does to a few training images, by the lowest area of a crop: each row one draw.'
         yield 'augmentation', caption, augmentation(workdir / 'examples.png', lowest)
 
@@ -150,7 +150,7 @@ def crop_scale(series: Sequence[tuple[str, list[Cell]]]) -> Any:
         colour, marker, style = [
             (BLUE, 'o', '-'), (ORANGE, 's', '--'), (GREEN, '^', '-.'), (PURPLE, 'D', ':'),
         ][number % 4]  # fmt: skip
-        scales = [cell.config.augment.random_resized_crop_scale[0] for cell in cells]
+        scales = list(map(answers.crop_scale, cells))
         values = [[100 * value for value in cell.values('accuracy')] for cell in cells]
         deviations = [tables.deviation(runs) or 0.0 for runs in values]
         means = [statistics.fmean(runs) for runs in values]

@@ -163,7 +163,7 @@ def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
     for planned in grid:
         if rundir.check(planned.directory, planned.config) is not None:
             planned.state = 'finished'
-            board.note(planned)
+            board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
     with _stop_between_runs(), board:
         if parallel_runs > 1:
@@ -333,8 +333,6 @@ class Board:
         planned.epochs = len(run.history)
         planned.best = max((record['validation_accuracy'] for record in run.history), default=None)
         planned.seconds_per_epoch = run.seconds_per_epoch
-
-    note = follow
 
     def _accuracy(self, planned: Planned) -> str:
         result = rundir.read_result(planned.directory)

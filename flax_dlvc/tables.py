@@ -1,4 +1,4 @@
-"""From run directories to statistics, tables and answers; reads nothing else, so that they can be rebuilt anywhere.
+"""From run directories to statistics and tables; reads nothing else, so that they can be rebuilt anywhere.
 
 A study is a directory of `CELL/seed_N` run directories. A cell is a setting that was run with one or more seeds.
 """
