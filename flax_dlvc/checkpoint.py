@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -283,6 +284,9 @@ class Checkpoints:
             raise self._storage_error(FileNotFoundError('it is gone'))
 
     def _storage_error(self, error: Exception) -> StorageError:
+        # What Orbax gives up with a failed save would complain of it again, at the end of the process.
+        logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+        warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
         return StorageError(
             f'cannot save to {self.directory} ({error}); the checkpoints before are whole: '
             'free space or mend the disk, and start again'

@@ -1,6 +1,9 @@
 """SIGTERM and SIGINT in every phase of a run: one line, the shell's exit code, and the same result in the end."""
 
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -43,15 +46,16 @@ def run(config, workdir, capsys):
     return ended.value.code, capsys.readouterr().err
 
 
-def signal_at(monkeypatch, owner, name, call, number):
-    """Sends this process a signal at the beginning of the given call of a function."""
+def signal_at(monkeypatch, owner, name, call, *numbers):
+    """Sends this process signals, one after the other, at the beginning of the given call of a function."""
     function = getattr(owner, name)
     calls = []
 
     def signalling(*arguments, **keywords):
         calls.append(name)
         if len(calls) == call:
-            signal.raise_signal(number)
+            for number in numbers:
+                signal.raise_signal(number)
         return function(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, signalling)
@@ -105,6 +109,48 @@ def check(whole, workdir):
 
 
 ARGUMENTS = ('main', '--config', ROOT / 'configs' / 'cnn.py')
+
+
+IN_ANOTHER_PROCESS = """
+import signal, sys
+import pytest, test_signals
+from flax_dlvc import main
+from flax_dlvc.errors import run_command
+
+phase, first, second = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+owner, name, call, _ = test_signals.PHASES[phase]
+del sys.argv[1:4]
+with pytest.MonkeyPatch.context() as patch:
+    test_signals.signal_at(patch, owner, name, call, first, second)
+    run_command(main.main)
+"""
+# Those in which a first signal waits for something; all of them by hand, when FLAX_DLVC_KILLS is set.
+ABRUPT_PHASES = tuple(PHASES)[4:14] if 'FLAX_DLVC_KILLS' in os.environ else ('validation', 'saving', 'the final test')
+
+
+@pytest.mark.parametrize('phase', ABRUPT_PHASES)
+def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, small_run_flags, capsys, phase):
+    """It ends the process there and then, by its own default, and the run goes on from what was saved before."""
+    if not (whole_run / 'result.json').exists():
+        loop.run(config, whole_run)
+    flags = (*small_run_flags, '--config.num_epochs=2', '--config.dropout_rate=0.3')
+    flags = (*flags, '--config.augment.random_mirror=True')
+    first, second = STOP_SIGNALS if list(PHASES).index(phase) % 2 else STOP_SIGNALS[::-1]
+    arguments = ('--config', ROOT / 'configs' / 'cnn.py', '--workdir', tmp_path / 'run', *flags)
+    done = subprocess.run(
+        [sys.executable, '-c', IN_ANOTHER_PROCESS, phase, str(int(first)), str(int(second)), *arguments],
+        cwd=ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == -second, done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    assert run(config, tmp_path / 'run', capsys) == (0, '')
+    check(whole_run, tmp_path / 'run')
 
 
 def test_a_signal_while_jax_is_imported(tmp_path, start, small_run_flags):

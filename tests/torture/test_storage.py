@@ -79,6 +79,32 @@ def test_a_run_directory_that_became_read_only(tmp_path, mount, start, command, 
     assert command(*arguments).returncode == 0
 
 
+def test_a_run_directory_that_becomes_read_only_under_a_run(tmp_path, start, command, arguments):
+    """What is opened from then on is refused, by a read-only mount over the directory."""
+    workdir = tmp_path / 'run'
+    arguments = (*arguments, '--config.num_epochs=60', '--config.early_stopping.patience=0')
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith('epoch   2/'):
+            break
+    if subprocess.run(['mount', '--bind', workdir, workdir], capture_output=True, check=False).returncode:
+        process.kill()
+        process.communicate()
+        pytest.skip('a read-only directory needs the right to mount')
+    try:
+        # Refused while a file that was opened through this mount is being written.
+        again = f'until mount -o remount,bind,ro {workdir}; do sleep 0.01; done 2> /dev/null'
+        subprocess.run(['bash', '-c', again], check=True, timeout=60)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        subprocess.run(['umount', '-l', workdir], check=True)
+    assert_ends_with_4(subprocess.CompletedProcess([], process.returncode, stdout, stderr), str(workdir))
+    done = command(*arguments)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert [record['epoch'] for record in read_history(workdir)] == list(range(1, 61))
+
+
 def test_a_run_directory_that_is_removed(tmp_path, start, arguments):
     process = start(*arguments, '--config.num_epochs=1000', '--config.early_stopping.patience=0')
     for line in process.stdout:
