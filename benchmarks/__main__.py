@@ -1,4 +1,4 @@
-"""Measures and writes: `python -m benchmarks [throughput] [overhead] [startup] [--quick] [--output DIR]`.
+"""Measures and writes: `python -m benchmarks [throughput] [overhead] [saving] [startup] [--quick] [--output DIR]`.
 
 Without a name, all. Figures are kept in DIR/benchmarks.json, one entry per case, so that a part can be measured again;
 DIR/benchmarks.md is written from them. PyTorch is the peer where it is installed (`pip install torch`).
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import overhead, throughput
 
-PARTS = ('throughput', 'overhead', 'startup')
+PARTS = ('throughput', 'overhead', 'saving', 'startup')
 MODELS = ('cnn', 'resnet18', 'vit')
 
 # An epoch of CIFAR-10 where that takes less than a minute on two cores, part of one for the ViT.
@@ -26,6 +26,12 @@ EPOCHS: dict[str, dict[str, Any]] = {
     'cnn': {},
     'resnet18': {},
     'vit': {'splits.train': 'train[:10%]', 'splits.validation': 'train[80%:82%]'},
+}
+# A fifth of an epoch: a save after each weighs five times as much as in a real run. Less for the ViT.
+SHORT_EPOCHS: dict[str, dict[str, Any]] = {
+    'cnn': {'splits.train': 'train[:16%]', 'splits.validation': 'train[80%:84%]'},
+    'resnet18': {'splits.train': 'train[:16%]', 'splits.validation': 'train[80%:84%]'},
+    'vit': {'splits.train': 'train[:4%]', 'splits.validation': 'train[80%:81%]'},
 }
 QUICK = {
     'dataset': 'digits',
@@ -83,6 +89,9 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
         if 'overhead' in arguments.parts:
             changes = QUICK if arguments.quick else EPOCHS[model]
             keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2, rounds=1))
+        if 'saving' in arguments.parts:
+            changes = QUICK if arguments.quick else SHORT_EPOCHS
+            keep('saving', model, overhead.saving(model, changes, epochs=1 if arguments.quick else 4, rounds=rounds))
 
 
 def write(results: dict[str, Any], directory: Path) -> None:
@@ -107,6 +116,8 @@ def render(results: dict[str, Any]) -> str:
         lines += ['', '## From process start to the end of the first training step', '', *_startup(startup_cases)]
     if overhead_cases := results.get('overhead'):
         lines += ['', '## Around the step', '', *_overhead(overhead_cases)]
+    if saving_cases := results.get('saving'):
+        lines += ['', '## What saving costs', '', *_saving(saving_cases)]
     measured = [entry['machine'] for part in PARTS for entry in results.get(part, {}).values()]
     lines += ['', '## Machine', '']
     for key in ('date', 'processor', 'versions'):
@@ -180,6 +191,20 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
         'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training',
         'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
         'on batches that lie ready.',
+        '',
+        *_table(head, rows),
+    ]
+
+
+def _saving(cases: dict[str, Any]) -> list[str]:
+    rows = []
+    for model, entry in cases.items():
+        without, saved = (statistics.median(entry['value'][key]) for key in ('without', 'with'))
+        rows.append([model, str(len(entry['value']['with'])), f'{without:.2f}', f'{without / saved:.3f}'])
+    head = ('', 'epochs each', 'seconds of an epoch', 'images/s with saves over without')
+    return [
+        'Runs that save after every epoch against runs that never do, in turn; medians over epochs. Epochs here are a',
+        'fifth of a real one (a twentieth for the ViT), so that a save weighs five times as much (twenty).',
         '',
         *_table(head, rows),
     ]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,15 @@ split = setup.place(setup.dataset.train)
 start = time.perf_counter()
 setup.train_step.func.lower(*setup.train_step.args, setup.abstract_state, *split, indices).compile()
 print(time.perf_counter() - start)
+"""
+
+# A whole run that never saves.
+_WITHOUT_SAVES = """
+import sys
+from flax_dlvc import main
+from flax_dlvc.checkpoint import Checkpoints
+Checkpoints.save = lambda self, state, progress: None
+main.main(['main', *sys.argv[1:]])
 """
 
 
@@ -141,7 +150,7 @@ def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> di
     seconds: dict[str, list[float]] = {'epoch': [], 'train': [], 'validate': [], 'forward': []}
     for _ in range(rounds):
         seconds['train'].append(worker.ask('train')[1])
-        seconds['epoch'] += _epoch_seconds(flags)
+        seconds['epoch'] += _epoch_seconds(('-m', 'flax_dlvc.main'), flags, epochs + 1)
         seconds['train'].append(worker.ask('train')[1])
         for _ in range(3):
             seconds['validate'].append(worker.ask('validate')[1])
@@ -151,14 +160,34 @@ def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> di
     return seconds
 
 
-def _epoch_seconds(flags: list[str]) -> list[float]:
-    """Runs main and takes the time between its epoch lines."""
+def saving(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> dict[str, list[float]]:
+    """Compares runs that save every epoch with runs that never do, in turn.
+
+    Returns:
+        Seconds of each epoch but a run's first, `with` and `without` saves.
+    """
+    flags = main_flags(model, changes | {'num_epochs': epochs + 2, 'early_stopping.patience': 0})
+    programs = {'with': ('-m', 'flax_dlvc.main'), 'without': ('-c', _WITHOUT_SAVES)}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(rounds):
+        for name in sorted(programs, reverse=turn % 2 == 1):
+            seconds[name] += _epoch_seconds(programs[name], flags, epochs + 1)
+    return seconds
+
+
+def _epoch_seconds(program: Sequence[str], flags: Sequence[str], epochs: int) -> list[float]:
+    """Starts a run, takes the time between its first epoch lines, and ends it."""
     with tempfile.TemporaryDirectory() as directory:
-        workdir = Path(directory) / 'run'
-        command = [sys.executable, '-u', '-m', 'flax_dlvc.main', *flags, f'--workdir={workdir}']
+        command = [sys.executable, '-u', *program, *flags, f'--workdir={directory}/run']
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        times = [time.perf_counter() for line in process.stdout if line.lstrip().startswith('epoch')]
-        if process.wait():
+        times = []
+        for line in process.stdout:
+            if line.startswith('epoch'):
+                times.append(time.perf_counter())
+            if len(times) == epochs:
+                process.kill()
+        process.wait()
+        if len(times) < epochs:
             raise RuntimeError(f'{" ".join(command)} ended with {process.returncode}')
     return list(np.diff(times))

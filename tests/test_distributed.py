@@ -62,7 +62,7 @@ def flags(small_run_flags):
         *('--config', ROOT / 'configs' / 'vit_dropout_augment.py'),
         *(flag for flag in small_run_flags if 'num_devices' not in flag),
         *(f'--config.model.{field}={value}' for field, value in size.items()),
-        *('--config.ema_decay=0.9', '--config.early_stopping.patience=0', '--config.num_epochs=30'),
+        *('--config.ema_decay=0.9', '--config.early_stopping.patience=0', '--config.num_epochs=12'),
     ]
 
 
@@ -110,7 +110,7 @@ def test_stopped_on_four_devices_it_goes_on_in_two_processes_and_is_evaluated_on
     codes, outputs, errors = finish(start_processes(2, 1, *flags, *here))
     assert codes == [0, 0], errors
     assert 'going on after step' in outputs[0]
-    assert [record['epoch'] for record in read_history(tmp_path / 'run')] == list(range(1, 31))
+    assert [record['epoch'] for record in read_history(tmp_path / 'run')] == list(range(1, 13))
 
     codes, _, errors = finish(start_processes(1, 1, *flags, '--workdir', tmp_path / 'whole'))
     assert codes == [0], errors
@@ -142,7 +142,7 @@ def check_same(workdir, whole):
 
 def test_a_killed_process_takes_the_other_down_and_the_run_goes_on_later(tmp_path, start_processes, flags, whole):
     flags = [*flags, '--workdir', tmp_path / 'run']
-    for victim, step in ((1, 5), (0, 30)):
+    for victim, step in ((1, 5), (0, 20)):
         processes = start_processes(2, 1, *flags, '--config.checkpoint_every_steps=1')
         wait_for_step(tmp_path / 'run', step)
         processes[victim].kill()
