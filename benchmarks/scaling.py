@@ -126,7 +126,9 @@ class Row:
         ratio: those over the images per second of one device with `batch_size` images.
         share: of the step that the all-reduce alone takes.
         cores: that were busy during the step.
-        explained: the seconds that cores and all-reduce explain (`expected_seconds`) over those measured.
+        explained: on CPU devices the processor time of as many single devices and the all-reduce over that of the step:
+            they share the cores, so that at 1 nothing but the number of cores holds them up. On others, each of which
+            computes by itself, likewise in wall time: that of one single device and the all-reduce.
     """
 
     devices: int
@@ -138,28 +140,15 @@ class Row:
     explained: list[float]
 
 
-def expected_seconds(alone: float, busy: float, devices: int, cores: float, reduce: float) -> float:
-    """Seconds of a step of several CPU devices if nothing but the number of cores, and the all-reduce, held it up.
-
-    Args:
-        alone: seconds that one device by itself needs for what each of them does.
-        busy: cores that it keeps busy meanwhile. Together they would use `devices * busy`.
-        devices: how many.
-        cores: that there are; infinitely many for devices that compute by themselves.
-        reduce: seconds of the all-reduce.
-    """
-    return alone * max(1.0, devices * busy / cores) + reduce
-
-
 def rows(value: dict[str, Any]) -> list[Row]:
     """The measured table of one model, from what `measure` returned."""
-    cores = value['cores'] if value['platform'] == 'cpu' else float('inf')
+    on_cpu = value['platform'] == 'cpu'
     table = []
     for name, seconds in value['steps'].items():
         devices, per_device = map(int, name.split(' x '))
         if devices == 1 and per_device < value['batch_size']:
             continue  # what the others are compared with
-        reduce = [wall for wall, _ in value['reduce'].get(str(devices), [(0.0, 0.0)] * len(seconds))]
+        reduce = value['reduce'].get(str(devices), [(0.0, 0.0)] * len(seconds))
         rounds = list(zip(seconds, reduce, value['steps'][f'1 x {per_device}'], strict=True))
         single = [value['batch_size'] / wall for wall, _ in value['steps'][f'1 x {value["batch_size"]}']]
         images = [devices * per_device / wall for wall, _ in seconds]
@@ -169,11 +158,11 @@ def rows(value: dict[str, Any]) -> list[Row]:
                 per_device,
                 images,
                 ratio=[mine / one for mine, one in zip(images, single, strict=True)],
-                share=[reduced / wall for (wall, _), reduced, _ in rounds],
+                share=[reduced / wall for (wall, _), (reduced, _), _ in rounds],
                 cores=[processor / wall for wall, processor in seconds],
                 explained=[
-                    expected_seconds(alone, used / alone, devices, cores, reduced) / wall
-                    for (wall, _), reduced, (alone, used) in rounds
+                    (devices * alone[1] + reduced[1]) / step[1] if on_cpu else (alone[0] + reduced[0]) / step[0]
+                    for step, reduced, alone in rounds
                 ],
             )
         )
@@ -227,14 +216,15 @@ def compute_seconds(step: Program, cluster: Cluster, images: float) -> float:
 
 
 def reduce_seconds(num_bytes: float, devices: int, cluster: Cluster) -> float:
-    """Seconds of a ring all-reduce: 2 (N - 1) / N * bytes / bandwidth, and 2 (N - 1) hops, of which the nodes' slower.
+    """Seconds of a ring all-reduce: 2 (N - 1) / N * bytes / bandwidth, and the latency of 2 (N - 1) hops.
 
-    The slowest part of the way sets the bandwidth. Patarasuk & Yuan (2009); the hops are counted as NCCL does.
+    The slowest part of the way sets the bandwidth. Two hops for each node lead to the next one, as NCCL counts them.
     """
     nodes = -(-devices // cluster.node)
     bandwidth = cluster.link_bandwidth if nodes == 1 else min(cluster.link_bandwidth, cluster.network_bandwidth)
-    between = 2 * (nodes - 1) if nodes > 1 else 0
-    latency = between * cluster.network_latency + (2 * (devices - 1) - between) * cluster.link_latency
+    hops = 2 * (devices - 1)
+    between = min(hops, 2 * nodes) if nodes > 1 else 0
+    latency = between * cluster.network_latency + (hops - between) * cluster.link_latency
     return 2 * (devices - 1) / devices * num_bytes / bandwidth + latency
 
 

@@ -34,15 +34,15 @@ def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
     assert 'torch is not installed' in done.stdout
 
 
-def test_scaling_table_compares_with_what_the_cores_allow():
-    # One device keeps 1.5 of 2 cores busy for 2 s with 8 images and for 1 s with 4; the all-reduce takes 0.5 s.
+def test_scaling_table_compares_with_what_single_devices_cost():
+    # (wall, processor) seconds
     value = {'platform': 'cpu', 'cores': 2, 'batch_size': 8, 'bytes': 4, 'reduce': {'2': [(0.5, 0.5)]}}
     value['steps'] = {'1 x 8': [(2.0, 3.0)], '1 x 4': [(1.0, 1.5)], '2 x 8': [(4.0, 6.0)], '2 x 4': [(2.5, 5.0)]}
     one, each, both = scaling.rows(value)
     assert (one.devices, one.per_device, one.images, one.ratio, one.share) == (1, 8, [4.0], [1.0], [0.0])
     assert (each.devices, each.per_device, each.images, each.ratio) == (2, 8, [4.0], [1.0])
-    assert (each.share, each.cores, each.explained) == ([0.125], [1.5], [(2 * 1.5 + 0.5) / 4])
-    assert (both.per_device, both.images, both.ratio, both.explained) == (4, [3.2], [0.8], [(1 * 1.5 + 0.5) / 2.5])
+    assert (each.share, each.cores, each.explained) == ([0.125], [1.5], [(2 * 3 + 0.5) / 6])
+    assert (both.per_device, both.images, both.ratio, both.explained) == (4, [3.2], [0.8], [(2 * 1.5 + 0.5) / 5])
     assert scaling.rows(value | {'platform': 'gpu'})[1].explained == [(2 + 0.5) / 4]
 
 
@@ -55,16 +55,16 @@ def test_projection_adds_up():
     assert scaling.compute_seconds(step, cluster, 20) == 20 * 5 / 50 + 7 * 10 / 70
     assert scaling.reduce_seconds(16, 1, cluster) == 0
     assert scaling.reduce_seconds(16, 2, cluster) == 16 / 8 + 2 * 0.25
-    assert scaling.reduce_seconds(16, 4, cluster) == 1.5 * 16 / 4 + 2 * 0.5 + 4 * 0.25  # two of six hops between nodes
-    assert scaling.efficiency(step, cluster, 4, 20) == 3 / 11
-    # Half of the time is work from 8 s on, 1 s of which is the update.
-    assert scaling.least_images(step, cluster, 4, 0.5) == 70
-    # 32 images in all: 4.2 s on 1, 1.6 + 1 + 2.5 on 2, 0.8 + 1 + 8 on 4.
+    assert scaling.reduce_seconds(16, 4, cluster) == 1.5 * 16 / 4 + 4 * 0.5 + 2 * 0.25  # four of six hops between nodes
+    assert scaling.efficiency(step, cluster, 4, 20) == 3 / 11.5
+    # Half of the time is work from 8.5 s on, 1 s of which is the update.
+    assert scaling.least_images(step, cluster, 4, 0.5) == 75
+    # 32 images in all: 4.2 s on 1, 1.6 + 1 + 2.5 on 2, 0.8 + 1 + 8.5 on 4.
     assert scaling.fastest(step, cluster, 32) == 1
-    assert scaling.fastest(step, cluster, 64) == 2  # 7.4; 3.2 + 3.5; 1.6 + 9
+    assert scaling.fastest(step, cluster, 64) == 2  # 7.4; 4.2 + 2.5; 2.6 + 8.5
     text = scaling.projection({'tiny': step}, [cluster], (2, 4), 20, 64)
-    assert '| tiny | 50% | 0 | 3,000,000 | 2,500,000 µs; 7; **55%** | 8,000,000 µs; 7; **27%** |' in text
-    assert '6,700,000 µs; 10; **1.1×** | 10,600,000 µs; 6; **0.7×** | 2 |' in text
+    assert '| tiny | 50% | 0 | 3,000,000 | 2,500,000 µs; 7; **55%** | 8,500,000 µs; 7; **26%** |' in text
+    assert '6,700,000 µs; 10; **1.1×** | 11,100,000 µs; 6; **0.7×** | 2 |' in text
 
 
 def test_page_states_the_defaults():
