@@ -1,4 +1,4 @@
-"""Measures and writes: `python -m benchmarks [throughput] [overhead] [saving] [startup] [--quick] [--output DIR]`.
+"""Measures and writes: `python -m benchmarks [PART …] [--quick] [--output DIR]`; --help names the parts.
 
 Without a name, all. Figures are kept in DIR/benchmarks.json, one entry per case, so that a part can be measured again;
 DIR/benchmarks.md is written from them. PyTorch is the peer where it is installed (`pip install torch`).
@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overhead, throughput
+from benchmarks import overhead, scaling, throughput
+from benchmarks.scaling import MODELS, markdown_table
 
-PARTS = ('throughput', 'overhead', 'saving', 'startup')
-MODELS = ('cnn', 'resnet18', 'vit')
+PARTS = ('throughput', 'overhead', 'saving', 'startup', 'scaling')
 
 # An epoch of CIFAR-10 where that takes less than a minute on two cores, part of one for the ViT.
 EPOCHS: dict[str, dict[str, Any]] = {
@@ -33,6 +33,8 @@ SHORT_EPOCHS: dict[str, dict[str, Any]] = {
     'resnet18': {'splits.train': 'train[:16%]', 'splits.validation': 'train[80%:84%]'},
     'vit': {'splits.train': 'train[:4%]', 'splits.validation': 'train[80%:81%]'},
 }
+# Images of a step on one device: as many as give steps of a tenth of a second or more on two cores.
+SCALING_BATCH_SIZES = {'cnn': 64, 'resnet18': 32, 'vit': 16}
 QUICK = {
     'dataset': 'digits',
     'splits.train': 'train[:20%]',
@@ -92,6 +94,10 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
         if 'saving' in arguments.parts:
             changes = QUICK if arguments.quick else SHORT_EPOCHS
             keep('saving', model, overhead.saving(model, changes, epochs=1 if arguments.quick else 4, rounds=rounds))
+        if 'scaling' in arguments.parts:
+            batch_size = max(arguments.device_counts) if arguments.quick else SCALING_BATCH_SIZES[model]
+            counts = arguments.device_counts
+            keep('scaling', model, scaling.measure(model, batch_size, counts, rounds=rounds, turn_seconds=turn_seconds))
 
 
 def write(results: dict[str, Any], directory: Path) -> None:
@@ -118,15 +124,13 @@ def render(results: dict[str, Any]) -> str:
         lines += ['', '## Around the step', '', *_overhead(overhead_cases)]
     if saving_cases := results.get('saving'):
         lines += ['', '## What saving costs', '', *_saving(saving_cases)]
+    if scaling_cases := results.get('scaling'):
+        lines += ['', '## Several devices', '', *_scaling(scaling_cases)]
     measured = [entry['machine'] for part in PARTS for entry in results.get(part, {}).values()]
     lines += ['', '## Machine', '']
     for key in ('date', 'processor', 'versions'):
         lines.append(f'* {key}: {"; ".join(dict.fromkeys(each[key] for each in measured))}')
     return '\n'.join(lines) + '\n'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ['| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows)]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -148,7 +152,12 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
                 there = tuple(peer for peer in peers if phase in contenders.get(peer, {}))
                 row.append(_spread(throughput.ratios(contenders, phase, there)) if there else '–')
             rows.append(row)
-        lines += ['', f'**{title}**', '', *_table((title, 'eager', 'channels-last', 'torch.compile', 'best'), rows)]
+        lines += [
+            '',
+            f'**{title}**',
+            '',
+            *markdown_table((title, 'eager', 'channels-last', 'torch.compile', 'best'), rows),
+        ]
     rows = []
     for name, entry in cases.items():
         contenders = entry['value']['contenders']
@@ -159,7 +168,13 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
                 row.append('–' if value is None else f'{value / scale:.1f}')
             rows.append(row)
     head = ('', 'ours', 'eager', 'channels-last', 'torch.compile')
-    return [*lines, '', '**First step (compilation included) and peak memory of the process**', '', *_table(head, rows)]
+    return [
+        *lines,
+        '',
+        '**First step (compilation included) and peak memory of the process**',
+        '',
+        *markdown_table(head, rows),
+    ]
 
 
 def _startup(cases: dict[str, Any]) -> list[str]:
@@ -174,7 +189,7 @@ def _startup(cases: dict[str, Any]) -> list[str]:
     return [
         'Cold: no compiled program is in the cache. Warm: all are. Decoded images are there in both.',
         '',
-        *_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -192,7 +207,33 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
         'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
         'on batches that lie ready.',
         '',
-        *_table(head, rows),
+        *markdown_table(head, rows),
+    ]
+
+
+def _scaling(cases: dict[str, Any]) -> list[str]:
+    body = []
+    for model, entry in cases.items():
+        for row in scaling.rows(entry['value']):
+            body.append([f'{model}, {row.devices} x {row.per_device}', f'{statistics.median(row.images):,.0f}'])
+            body[-1].append(_spread(row.ratio))
+            if row.devices == 1:
+                body[-1] += ['–', _spread(row.cores), '–']
+            else:
+                body[-1] += [_spread(row.share), _spread(row.cores), _spread(row.explained)]
+    places = {f'{entry["value"]["cores"]} cores, {entry["value"]["platform"]} devices' for entry in cases.values()}
+    return [
+        f'The training step on several devices (devices x images for each; {"; ".join(sorted(places))}), in turns with',
+        'one. *Ratio*: images/s over those of one device. *All-reduce*: seconds of an all-reduce of arrays like the',
+        'gradients, alone on the same devices, over those of the step. *Cores busy*: processor time over wall time.',
+        '*Explained*: what is expected of the step over what was measured. CPU devices share the cores, so N of them',
+        'are expected to take the processor time of N single ones with as many images each, and of the all-reduce. At',
+        '1 a device costs what the core count explains: images/s are images times cores busy over processor time, and',
+        'more devices do not add cores. Below 1 something else is lost; above 1 the step was cheaper than single',
+        'devices. GPUs compute by themselves: expected is the wall time of one with as many images, and the all-',
+        'reduce.',
+        '',
+        *markdown_table(('', 'images/s', 'ratio', 'all-reduce', 'cores busy', 'explained'), body),
     ]
 
 
@@ -206,7 +247,7 @@ def _saving(cases: dict[str, Any]) -> list[str]:
         'Runs that save after every epoch against runs that never do, in turn; medians over epochs. Epochs here are a',
         'fifth of a real one (a twentieth for the ViT), so that a save weighs five times as much (twenty).',
         '',
-        *_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -218,6 +259,7 @@ def main() -> None:
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=(128, 256))
     parser.add_argument('--dtypes', nargs='+', choices=('float32', 'bfloat16'), default=('float32', 'bfloat16'))
     parser.add_argument('--peers', nargs='+', choices=throughput.PEERS, default=throughput.PEERS)
+    parser.add_argument('--device-counts', nargs='+', type=int, default=(1, 2, 4), help='of scaling; the first is 1')
     parser.add_argument('--rounds', type=int, default=5, help='turns of every contender')
     parser.add_argument('--quick', action='store_true', help='smallest sizes: does it run?')
     parser.add_argument('--output', type=Path, default=Path('docs/results'))

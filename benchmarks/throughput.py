@@ -39,17 +39,15 @@ def synthetic_split() -> tuple[np.ndarray, np.ndarray]:
     return generator.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8), generator.integers(0, 10, IMAGES, np.int32)
 
 
-def synthetic_setup(config: Any) -> Any:
-    """A `Setup` on the synthetic split and one device."""
-    import jax
-
+def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
+    """A `Setup` on the synthetic split and the first devices."""
     from flax_dlvc import data, setup, steps
 
     steps.keep_freed_memory()
     split = data.Split(*synthetic_split())
     names = tuple(map(str, range(10)))
     dataset = data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)
-    return setup.Setup(config, dataset, jax.local_devices()[:1])
+    return setup.Setup(config, dataset, steps.run_devices(num_devices))
 
 
 def ours(case: Case, connection: Connection) -> None:

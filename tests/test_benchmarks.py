@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import scaling
 from benchmarks.throughput import ratios
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,62 @@ def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
     if 'eager' in results['throughput']['cnn, batch 16, float32']['value']['contenders']:
         return
     assert 'torch is not installed' in done.stdout
+
+
+def test_scaling_table_compares_with_what_single_devices_cost():
+    # (wall, processor) seconds
+    value = {'platform': 'cpu', 'cores': 2, 'batch_size': 8, 'bytes': 4, 'reduce': {'2': [(0.5, 0.5)]}}
+    value['steps'] = {'1 x 8': [(2.0, 3.0)], '1 x 4': [(1.0, 1.5)], '2 x 8': [(4.0, 6.0)], '2 x 4': [(2.5, 5.0)]}
+    one, each, both = scaling.rows(value)
+    assert (one.devices, one.per_device, one.images, one.ratio, one.share) == (1, 8, [4.0], [1.0], [0.0])
+    assert (each.devices, each.per_device, each.images, each.ratio) == (2, 8, [4.0], [1.0])
+    assert (each.share, each.cores, each.explained) == ([0.125], [1.5], [(2 * 3 + 0.5) / 6])
+    assert (both.per_device, both.images, both.ratio, both.explained) == (4, [3.2], [0.8], [(2 * 1.5 + 0.5) / 5])
+    assert scaling.rows(value | {'platform': 'gpu'})[1].explained == [(2 + 0.5) / 4]
+
+
+def test_projection_adds_up():
+    cluster = scaling.Cluster(
+        peak_flops=100, fraction=0.5, memory_bandwidth=70, node=2, link_bandwidth=8, network_bandwidth=4,
+        link_latency=0.25, network_latency=0.5,
+    )  # fmt: skip
+    step = scaling.Program(flops_per_image=5, parameter_bytes=10, reduced_bytes=16)
+    assert scaling.compute_seconds(step, cluster, 20) == 20 * 5 / 50 + 7 * 10 / 70
+    assert scaling.reduce_seconds(16, 1, cluster) == 0
+    assert scaling.reduce_seconds(16, 2, cluster) == 16 / 8 + 2 * 0.25
+    assert scaling.reduce_seconds(16, 4, cluster) == 1.5 * 16 / 4 + 4 * 0.5 + 2 * 0.25  # four of six hops between nodes
+    assert scaling.efficiency(step, cluster, 4, 20) == 3 / 11.5
+    # Half of the time is work from 8.5 s on, 1 s of which is the update.
+    assert scaling.least_images(step, cluster, 4, 0.5) == 75
+    # 32 images in all: 4.2 s on 1, 1.6 + 1 + 2.5 on 2, 0.8 + 1 + 8.5 on 4.
+    assert scaling.fastest(step, cluster, 32) == 1
+    assert scaling.fastest(step, cluster, 64) == 2  # 7.4; 4.2 + 2.5; 2.6 + 8.5
+    text = scaling.projection({'tiny': step}, [cluster], (2, 4), 20, 64)
+    assert '| tiny | 50% | 0 | 3,000,000 | 2,500,000 µs; 7; **55%** | 8,500,000 µs; 7; **26%** |' in text
+    assert '6,700,000 µs; 10; **1.1×** | 11,100,000 µs; 6; **0.7×** | 2 |' in text
+
+
+def test_page_states_the_defaults():
+    page = (ROOT / 'docs' / 'scaling.md').read_text()
+    prose, _, tables = page.partition(scaling.GENERATED)
+    cluster = scaling.Cluster()
+    for stated in (cluster.peak_flops / 1e12, cluster.memory_bandwidth / 1e12, cluster.link_bandwidth / 1e9):
+        assert f'{stated:g}' in prose
+    step = scaling.program('cnn')
+    assert f'| cnn | {step.flops_per_image / 1e6:,.1f} | {step.parameter_bytes:,} | {step.reduced_bytes:,} |' in tables
+
+
+def test_scaling_runs_on_one_and_two_devices(tmp_path):
+    options = ['--quick', '--models', 'cnn', '--device-counts', '1', '2', '--output', tmp_path]
+    command = [sys.executable, '-m', 'benchmarks', 'scaling', *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    value = json.loads((tmp_path / 'benchmarks.json').read_text())['scaling']['cnn']['value']
+    assert set(value['steps']) == {'1 x 2', '1 x 1', '2 x 2', '2 x 1'} and set(value['reduce']) == {'2'}
+    assert value['bytes'] == 2_481_448
+    for row in scaling.rows(value)[1:]:
+        assert row.share[0] > 0 and row.images[0] > 0 and row.cores[0] > 0
+    assert '| cnn, 2 x 1 |' in (tmp_path / 'benchmarks.md').read_text()
 
 
 @pytest.mark.parametrize('name', ['cnn', 'resnet18', 'vit'])
