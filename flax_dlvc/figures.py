@@ -13,11 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_dlvc import answers, tables
-from flax_dlvc.errors import StorageError
+from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.tables import Cell
 
 ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 STYLE: Any = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'flax_dlvc'}
+METADATA: Any = {'.png': {'Software': None}, '.svg': {'Date': None, 'Creator': None}}
 NUM_EXAMPLES = 8  # images in the strip
 
 
@@ -78,7 +79,7 @@ def curves(cells: Sequence[Cell]) -> Any:
     for column, cell in enumerate(cells):
         for row, quantity in enumerate(('loss', 'accuracy')):
             for split, colour, style in (('train', ORANGE, '--'), ('validation', BLUE, '-')):
-                _curve(axes[row, column], cell, f'{split}_{quantity}', colour, style, split)
+                _curve(axes[row, column], cell.runs, f'{split}_{quantity}', colour, style, split)
             axes[row, column].grid(alpha=0.25)
             axes[row, column].xaxis.get_major_locator().set_params(integer=True)
         axes[0, column].set_title(_short_title(cell), fontsize=9)
@@ -95,8 +96,29 @@ def _short_title(cell: Cell) -> str:
     return f'{title}\n{seeds} seed{"s" * (seeds != 1)}' + (f', {cell.config.num_epochs} epochs at most')
 
 
-def _curve(axes: Any, cell: Cell, key: str, colour: str, style: str, label: str) -> None:
-    histories = [[record[key] for record in run.history] for run in cell.runs if run.history]
+def compare(runs: Sequence[tables.Run]) -> Any:
+    """Loss and accuracy by epoch, a colour per run; train dashed, validation solid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    for axes, quantity, label in zip(
+        figure.subplots(1, 2), ('loss', 'accuracy'), ('cross-entropy (nats)', 'accuracy'), strict=True
+    ):
+        for run, colour in zip(runs, (ORANGE, BLUE, GREEN, PURPLE), strict=False):
+            for split, style in (('train', '--'), ('validation', '-')):
+                key = f'{split}_{quantity}'
+                if run.history and run.history[0][key] is not None:  # there are runs without validation
+                    _curve(axes, [run], key, colour, style, f'{run.name}, {split}')
+        axes.set_xlabel('epoch')
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _curve(axes: Any, runs: Sequence[tables.Run], key: str, colour: str, style: str, label: str) -> None:
+    histories = [[record[key] for record in run.history] for run in runs if run.history]
     epochs = range(1, max(map(len, histories)) + 1)
     by_epoch = [[history[epoch - 1] for history in histories if len(history) >= epoch] for epoch in epochs]
     axes.plot(
@@ -220,9 +242,30 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
 def _save(figure: Any, stem: Path) -> None:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, metadata in (('.png', {'Software': None}), ('.svg', {'Date': None, 'Creator': None})):
-            temporary = stem.with_name(f'.{stem.name}{suffix}')
-            figure.savefig(temporary, dpi=150, format=suffix[1:], metadata=metadata)
-            temporary.replace(stem.with_name(stem.name + suffix))
+        for suffix in METADATA:
+            _write(figure, stem.with_name(stem.name + suffix))
     except OSError as error:
         raise StorageError(f'cannot write {stem}: {error.strerror}; free space and start again') from error
+
+
+def _write(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f'.{path.name}')
+    try:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:], metadata=METADATA[path.suffix])
+        temporary.replace(path)
+    finally:  # there is none where all went well
+        temporary.unlink(missing_ok=True)
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Writes a picture to a place that the user has named.
+
+    Raises:
+        ConfigError: it is not called .png, or cannot be written there.
+    """
+    if path.suffix != '.png':
+        raise ConfigError(f'{path} is not the name of a .png file')
+    try:
+        _write(figure, path)
+    except OSError as error:
+        raise ConfigError(f'cannot write {path}: {error.strerror}; choose another place') from error

@@ -62,7 +62,14 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
         Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
         display,
     ):
-        result = train_and_rewind(setup, workdir, checkpoints, display)
+        if distributed.is_main():
+            rundir.write_failure(workdir, '')  # of an attempt before this one
+        try:
+            result = train_and_rewind(setup, workdir, checkpoints, display)
+        except DivergedError as error:
+            if distributed.is_main():
+                rundir.write_failure(workdir, str(error), error.exit_code)
+            raise
         if distributed.is_main():
             rundir.write_result(workdir, result)
     return result

@@ -15,7 +15,12 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import config as config_module
 from flax_dlvc import data
-from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc.errors import ConfigError, DivergedError, StorageError
+
+# What the record of an epoch has at least; a run without validation has None for it.
+RECORD_FIELDS = frozenset(
+    ('epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy', 'images_per_second')
+)
 
 
 def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
@@ -114,6 +119,18 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(workdir: Path) -> bool:
+    """Whether a process is training in a directory, on this machine or another that shares its file system's locks."""
+    try:
+        with (workdir / '.lock').open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is closed to us
+        return False
+    return False
+
+
 def read_config(workdir: Path) -> ConfigDict:
     """The config of a run directory.
 
@@ -146,6 +163,24 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
         raise ConfigError(f'{path} is damaged; remove it and the run ends again from its checkpoint') from error
 
 
+def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
+    """What metrics.jsonl holds, a record per finished epoch; () where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = workdir / 'metrics.jsonl'
+    try:
+        history = tuple(json.loads(line) for line in path.read_text().splitlines())
+        if not all(isinstance(record, dict) and record.keys() >= RECORD_FIELDS for record in history):
+            raise ValueError('not the record of an epoch')
+        return history
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f'{path} is damaged; starting the run again writes it anew') from error
+
+
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
     """Writes metrics.jsonl, a line per epoch."""
     write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in history))
@@ -163,11 +198,11 @@ def write_evaluation(workdir: Path, split: str, metrics: dict[str, Any]) -> Path
     return path
 
 
-def write_failure(workdir: Path, message: str) -> None:
-    """Writes failure.json: why a run of a study did not end; an empty message removes it."""
+def write_failure(workdir: Path, message: str, exit_code: int = 1) -> None:
+    """Writes failure.json: why a run diverged, or one of a study did not end; an empty message removes it."""
     path = workdir / 'failure.json'
     if message:
-        write_text(path, json.dumps({'message': message}) + '\n')
+        write_text(path, json.dumps({'message': message, 'exit_code': exit_code}) + '\n')
     else:
         path.unlink(missing_ok=True)
 
@@ -178,6 +213,14 @@ def read_failure(workdir: Path) -> str:
         return str(json.loads((workdir / 'failure.json').read_text())['message'])
     except (OSError, KeyError, TypeError, ValueError):
         return ''
+
+
+def has_diverged(workdir: Path) -> bool:
+    """Whether the failure was a loss that is not finite."""
+    try:
+        return json.loads((workdir / 'failure.json').read_text())['exit_code'] == DivergedError.exit_code
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -201,7 +201,7 @@ def _in_turn(waiting: Sequence[Planned], board: 'Board') -> None:
         except (StoppedError, StorageError):
             raise
         except CommandError as error:
-            _ended(planned, board, str(error))
+            _ended(planned, board, str(error), error.exit_code)
         except Exception as error:  # whatever a device makes of a model that is too large for it
             _ended(planned, board, f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
 
@@ -236,7 +236,7 @@ def _in_processes(waiting: Sequence[Planned], board: 'Board', parallel_runs: int
                 failure = error[-1].removeprefix('error: ') if error else f'exit code {process.returncode}'
                 if process.returncode == StorageError.exit_code:
                     raise StorageError(failure)
-                _ended(planned, board, failure if process.returncode else '')
+                _ended(planned, board, failure if process.returncode else '', process.returncode)
     finally:
         for _, process in active.values():
             process.terminate()
@@ -256,11 +256,11 @@ def _start(planned: Planned, device: int) -> 'subprocess.Popen[str]':
     )
 
 
-def _ended(planned: Planned, board: 'Board', failure: str) -> None:
+def _ended(planned: Planned, board: 'Board', failure: str, exit_code: int = 1) -> None:
     planned.state = 'failed' if failure else 'finished'
     if failure:
         rundir.create(planned.directory, planned.config)
-    rundir.write_failure(planned.directory, ' '.join(failure.split()))
+    rundir.write_failure(planned.directory, ' '.join(failure.split()), exit_code)
     board.end(planned, failure)
 
 

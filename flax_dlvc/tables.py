@@ -111,14 +111,19 @@ class Run:
         return self.evaluation | (self.result or {}).get('test', {})
 
     @cached_property
-    def seconds_per_epoch(self) -> float | None:
-        """Median time that an epoch's training steps take."""
+    def epoch_seconds(self) -> list[float]:
+        """Time that the training steps of each epoch take, by its images/s; epochs without one are left out."""
         seconds, previous = [], 0
         for record in self.history:
             if record['images_per_second'] > 0:
                 seconds.append((record['step'] - previous) * self.config.batch_size / record['images_per_second'])
             previous = record['step']
-        return statistics.median(seconds) if seconds else None
+        return seconds
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Median time that an epoch's training steps take."""
+        return statistics.median(self.epoch_seconds) if self.epoch_seconds else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,21 +207,11 @@ def read_run(directory: Path, workdir: Path) -> Run:
     return Run(
         name=workdir.relative_to(directory).as_posix(),
         config=rundir.read_config(workdir),
-        history=_read_history(workdir),
+        history=rundir.read_history(workdir),
         result=result,
         evaluation=_read_json(workdir / 'evaluation-test.json'),
         failure='' if result else rundir.read_failure(workdir),
     )
-
-
-def _read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
-    path = workdir / 'metrics.jsonl'
-    try:
-        return tuple(json.loads(line) for line in path.read_text().splitlines())
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f'{path} is damaged; starting the run again writes it anew') from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

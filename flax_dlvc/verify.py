@@ -4,7 +4,6 @@ Every checkpoint can be restored and is what was saved; metrics.jsonl is the his
 what the best one gives on the test split. A line for each; exit code 1 where one is wrong.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,12 +54,9 @@ def _best_step(progress: Progress, best_epoch: int) -> int | None:
 
 def _compare_history(workdir: Path, progress: Progress) -> str | None:
     try:
-        lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-        history = tuple(json.loads(line) for line in lines)
-    except FileNotFoundError:
-        history = ()
-    except (OSError, ValueError) as error:
-        return f'cannot be read: {error}'
+        history = rundir.read_history(workdir)
+    except CommandError as error:
+        return str(error)
     if history != progress.history:
         return 'it is not the history that the newest checkpoint holds; starting the run again writes it anew'
     return None
