@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
             changes = QUICK if arguments.quick else EPOCHS[model]
             keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2, rounds=1))
         if 'saving' in arguments.parts:
-            changes = QUICK if arguments.quick else SHORT_EPOCHS
+            changes = QUICK if arguments.quick else SHORT_EPOCHS[model]
             keep('saving', model, overhead.saving(model, changes, epochs=1 if arguments.quick else 4, rounds=rounds))
         if 'scaling' in arguments.parts:
             batch_size = max(arguments.device_counts) if arguments.quick else SCALING_BATCH_SIZES[model]
