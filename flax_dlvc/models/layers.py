@@ -8,10 +8,12 @@ are the same everywhere. The gains below are ratios of CPU time, flax's layer ov
 Shapes: B batch, H W map height and width, C input and O output channels, KH KW kernel height and width.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,9 +30,22 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 SMALL_MAP = 4  # up to this output height and width, matrix products are faster than XLA's CPU convolution
 
 
+_platform: contextvars.ContextVar[str] = contextvars.ContextVar('platform', default='')
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Within, functions are traced for a platform, 'cpu' or another, that need not be this machine's."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
 def on_cpu() -> bool:
-    """Whether the default backend is the CPU; decided once, when a function is traced."""
-    return jax.default_backend() == 'cpu'
+    """Whether the program is for a CPU, as it is on the default backend; decided once, when a function is traced."""
+    return (_platform.get() or jax.default_backend()) == 'cpu'
 
 
 def expose(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

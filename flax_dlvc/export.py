@@ -1,0 +1,94 @@
+"""A trained model as a file that JAX runs without this package: `python -m flax_dlvc.export --workdir DIR --out NEW`.
+
+NEW gets `model.jax`, the inference function with its parameters (`jax.export.deserialize` reads it), and `model.json`,
+which says what goes in and what comes out.
+
+Shapes: B batch, H height, W width, C channels, K classes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, run_command
+from flax_dlvc.models.layers import traced_for
+from flax_dlvc.predict import probabilities
+from flax_dlvc.setup import Setup
+from flax_dlvc.transfer import load_trained
+
+PLATFORMS = ('cpu', 'cuda')
+
+
+def inference_function(setup: Setup, variables: Any) -> jax.export.Exported:
+    """The function from images (B, H, W, C) uint8 to probabilities (B, K) float32, for any B and each platform.
+
+    The layers take the faster route for each platform; the parameters are there once.
+    """
+    mean, std = setup.dataset.mean, setup.dataset.std
+
+    def forward(platform: str) -> Any:
+        def forward(variables: Any, images: jax.Array) -> jax.Array:
+            with traced_for(platform):
+                return probabilities(setup.model, variables, images, mean=mean, std=std)
+
+        return forward
+
+    def infer(images: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(variables, images, **{platform: forward(platform) for platform in PLATFORMS})
+
+    (batch,) = jax.export.symbolic_shape('batch')
+    images = jax.ShapeDtypeStruct((batch, *setup.dataset.image_shape), jnp.uint8)
+    return jax.export.export(jax.jit(infer), platforms=PLATFORMS)(images)
+
+
+def export(workdir: Path, which: str, out: Path) -> None:
+    """Writes the inference function of a run directory's checkpoint into a new directory.
+
+    Raises:
+        ConfigError: the checkpoint cannot be had, or there is something in `out`.
+        StorageError: `out` cannot be written.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f'{out} is there already; choose another --out')
+    setup, variables = load_trained(workdir, which)
+    dataset = setup.dataset
+    description = {
+        'class_names': list(dataset.class_names),
+        'input': {'shape': ['batch', *dataset.image_shape], 'dtype': 'uint8', 'values': '0 to 255, not normalised'},
+        'output': {'shape': ['batch', len(dataset.class_names)], 'dtype': 'float32', 'values': 'probabilities'},
+        'platforms': PLATFORMS,
+        'jax_version': jax.__version__,
+        'config_name': setup.config.name,
+    }
+    program = inference_function(setup, jax.device_get(variables)).serialize()
+    writing = out.with_name(f'.{out.name}.writing')
+    try:
+        writing.mkdir(parents=True, exist_ok=True)
+        (writing / 'model.jax').write_bytes(program)
+        (writing / 'model.json').write_text(json.dumps(description, indent=2) + '\n')
+        writing.replace(out)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise StorageError(f'cannot write {out}: {error.strerror}; choose another --out') from error
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line and exports."""
+    parser = ArgumentParser('python -m flax_dlvc.export', description='A trained model as a file that JAX alone runs.')
+    parser.add_argument('--workdir', type=Path, required=True, help='the run directory')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='a new directory')
+    parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+    arguments = parser.parse_args(argv[1:])
+    if not arguments.workdir.is_dir():
+        raise ConfigError(f'{arguments.workdir} is not a run directory')
+    export(arguments.workdir, arguments.step, arguments.out)
+    size = (arguments.out / 'model.jax').stat().st_size
+    print(f'{arguments.out / "model.jax"}: {size / 1e6:.1f} MB, for {" and ".join(PLATFORMS)}')
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,0 +1,94 @@
+"""The exported file against the model that it was made of, and in a process that has JAX but not this package."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL_RUN
+from PIL import Image
+
+from configs import cnn, resnet18, vit
+from flax_dlvc import export, predict
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.setup import set_up
+from flax_dlvc.transfer import load_trained, save_as_run
+
+SMALL_VIT = {'model.embed_dim': 16, 'model.hidden_dim': 16, 'model.num_heads': 2, 'model.num_layers': 1}
+
+
+@pytest.fixture(scope='module', params=[cnn, resnet18, vit], ids=['cnn', 'resnet18', 'vit'])
+def workdir(request, tmp_path_factory):
+    config = request.param.get_config()
+    config.update_from_flattened_dict(SMALL_RUN | (SMALL_VIT if request.param is vit else {}))
+    config.name = config.model.name
+    workdir = tmp_path_factory.mktemp(config.name) / 'run'
+    setup = set_up(config)
+    save_as_run(workdir, setup, setup.create_state().variables)
+    return workdir
+
+
+def test_exported_function_gives_the_same_probabilities_for_any_batch(workdir, tmp_path, capsys):
+    export.main(['', '--workdir', str(workdir), '--out', str(tmp_path / 'out')])
+    assert 'for cpu and cuda' in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['model.jax', 'model.json', 'out']
+    exported = jax.export.deserialize((tmp_path / 'out' / 'model.jax').read_bytes())
+    assert exported.platforms == ('cpu', 'cuda')
+    description = json.loads((tmp_path / 'out' / 'model.json').read_text())
+    assert description['class_names'] == list('0123456789')
+    assert description['input']['shape'][1:] == list(exported.in_avals[0].shape[1:])
+
+    setup, variables = load_trained(workdir)
+    mean, std = setup.dataset.mean, setup.dataset.std
+    for size in (1, 5):
+        images = np.random.default_rng(size).integers(0, 256, (size, *setup.dataset.image_shape), np.uint8)
+        expected = predict.probabilities(setup.model, variables, images, mean=mean, std=std)
+        np.testing.assert_allclose(exported.call(images), expected, atol=1e-6)
+
+
+def test_parameters_are_in_the_file_once_and_each_platform_has_its_route(workdir):
+    setup, variables = load_trained(workdir)
+    exported = export.inference_function(setup, jax.device_get(variables))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    assert 0.9 * num_bytes < len(exported.serialize()) < 1.5 * num_bytes + 200_000
+    if setup.config.model.name == 'resnet18':  # its small maps are matrix products on a CPU, convolutions elsewhere
+        program = exported.mlir_module()
+        assert 'stablehlo.dot_general' in program
+        assert program.count('stablehlo.convolution') > 20
+
+
+def test_readme_script_runs_without_this_package(workdir, tmp_path):
+    export.export(workdir, 'best', tmp_path / 'exported')
+    setup, variables = load_trained(workdir)
+    shape = setup.dataset.image_shape
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    Image.fromarray(pixels.squeeze()).save(tmp_path / 'photo.png')
+    (script,) = re.findall(r'```python\n(import json.*?jax\.export.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    assert len(script.splitlines()) <= 10
+    mode = {1: 'L', 3: 'RGB'}[shape[2]]
+    assert "convert('RGB')" in script
+    script = script.replace("convert('RGB')", f"convert('{mode}')")
+    blocked = f'import sys; sys.modules["flax_dlvc"] = None\n{script}'
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run(
+        [sys.executable, '-c', blocked], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    scores = predict.probabilities(setup.model, variables, pixels[None], mean=setup.dataset.mean, std=setup.dataset.std)
+    name, probability = done.stdout.split()
+    assert int(name) == int(np.argmax(scores))
+    assert float(probability) == pytest.approx(float(np.max(scores)), abs=1e-3)
+
+
+def test_a_directory_that_is_there_is_left_alone(workdir, tmp_path):
+    (tmp_path / 'mine').write_text('here')
+    for out in (tmp_path, tmp_path / 'mine'):
+        with pytest.raises(ConfigError, match='is there already'):
+            export.export(workdir, 'best', out)
+    assert [path.name for path in tmp_path.iterdir()] == ['mine']
+    with pytest.raises(ConfigError, match='not a run directory'):
+        export.main(['', '--workdir', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')])
