@@ -2,7 +2,8 @@
 
 Shapes: N examples, H height, W width, C channels, S steps, D devices, B examples per device and step.
 
-`python -m flax_dlvc.data --dataset cifar10 --archive PATH` prepares CIFAR-10 or CIFAR-100 from an official archive.
+`python -m flax_dlvc.data --dataset cifar10 --archive PATH` prepares CIFAR-10 or CIFAR-100 from an official archive;
+`python -m flax_dlvc.data --config FILE --show OUT.png` draws images as the model sees them in training.
 """
 
 import dataclasses
@@ -31,6 +32,8 @@ CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 PREPARABLE = ('cifar10', 'cifar100')  # datasets that are prepared from their official archive, without TensorFlow
+
+NUM_SHOWN = 64  # images that --show draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,10 +408,33 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
+def show(argv: list[str]) -> None:
+    """Draws images of the first training batch, augmented, with their labels."""
+    from flax_dlvc import figures
+    from flax_dlvc.config import parse_command_line
+
+    def define_flags(flag_values: Any) -> None:
+        from absl import flags
+
+        flags.DEFINE_string('show', None, 'The .png file to draw.', flag_values=flag_values)
+
+    flag_values = parse_command_line(argv, define_flags)
+    if not flag_values.show:
+        raise ConfigError('no picture to draw: say --show FILE.png')
+    images, labels = figures.seen_in_training(flag_values.config, load(flag_values.config))
+    figures.save_png(figures.image_grid(images[:NUM_SHOWN], labels), Path(flag_values.show))
+    print(f'{min(NUM_SHOWN, len(images))} images of {flag_values.config.dataset}: {flag_values.show}')
+
+
 def main(argv: list[str]) -> None:
-    """Prepares CIFAR-10 or CIFAR-100 in the TFDS data directory."""
+    """Prepares CIFAR-10 or CIFAR-100 in the TFDS data directory, or draws what a config's training sees."""
+    if any(argument.lstrip('-').startswith(('config', 'show')) for argument in argv[1:]):
+        show(argv)
+        return
     parser = ArgumentParser(
-        'python -m flax_dlvc.data', description='Prepares CIFAR-10 or CIFAR-100 in TFDS_DATA_DIR, without TensorFlow.'
+        'python -m flax_dlvc.data',
+        description='Prepares CIFAR-10 or CIFAR-100 in TFDS_DATA_DIR, without TensorFlow.',
+        epilog='--config FILE --show OUT.png draws what training sees',
     )
     parser.add_argument('--dataset', choices=PREPARABLE, required=True)
     parser.add_argument('--archive', type=Path, help='a downloaded official archive; without it, it is downloaded')

@@ -239,6 +239,52 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
     return figure
 
 
+def seen_in_training(config: ConfigDict, dataset: Any) -> tuple[np.ndarray, list[str]]:
+    """What the first training step of a run on one device sees, before normalisation.
+
+    Returns:
+        Images (B, H, W, C) float32 on the scale [0, 1], and the names of their classes; of an image that is mixed,
+        both with their shares.
+    """
+    import jax
+
+    from flax_dlvc import augment, data, steps
+
+    indices = data.epoch_order(len(dataset.train), config.seed, 1)[: config.batch_size]
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+        images, shares = jax.jit(steps.augment_batch, static_argnums=(4, 5, 6))(
+            steps.keys_of(jax.numpy.uint32(config.seed))[1],
+            jax.numpy.asarray(dataset.train.images[indices]),
+            jax.numpy.asarray(indices),
+            jax.numpy.int32(0),
+            augment.make_augmentation(config.augment, dataset.mean),
+            len(dataset.train) // config.batch_size if config.augment.alternating_mirror else 0,
+            augment.make_mixing(config.augment),
+        )
+    names = [dataset.class_names[label] for label in dataset.train.labels[indices]]
+    if shares is not None:
+        names = [
+            f'{own} {share:.2f}\n{other} {1 - share:.2f}'
+            for own, other, share in zip(names, np.roll(names, 1), np.asarray(shares), strict=True)
+        ]
+    return np.asarray(images), names
+
+
+def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> Any:
+    """Images (N, H, W, C) on the scale [0, 1] with their labels, row by row."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.1 * columns, 1.3 * rows), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, label in zip(grid, images, labels, strict=False):
+        axes.imshow(np.clip(image, 0, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
+        axes.set_title(label, fontsize=7)
+    return figure
+
+
 def _save(figure: Any, stem: Path) -> None:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)

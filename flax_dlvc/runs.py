@@ -102,7 +102,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     """The records for people; of the configs the fields that differ."""
     fields = differences([record['config'] for record in records if record['config']])
     shown = Table(box=None, header_style='bold')
-    for title in ('name', *fields):
+    for title in ('name', *('config' if field == 'name' else field for field in fields)):
         shown.add_column(title, overflow='fold')
     for title in ('best validation (%)', 'epoch', 'test (%)', 'seconds'):
         shown.add_column(title, justify='right')

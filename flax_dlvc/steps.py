@@ -111,7 +111,7 @@ def create_state(
 
     `images` (N, H, W, C), normalised, are what a model that is initialised from data sees; a black one by default.
     """
-    key, _, _ = _keys(seed)
+    key, _, _ = keys_of(seed)
     variables = model.init(key, jnp.zeros((1, *image_shape)) if images is None else images, train=False)
     params = variables['params']
     return TrainState(
@@ -124,10 +124,40 @@ def create_state(
     )
 
 
-def _keys(seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def keys_of(seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Independent keys for initialisation, augmentation and dropout."""
     init_key, augmentation_key, dropout_key = jax.random.split(jax.random.key(seed), 3)
     return init_key, augmentation_key, dropout_key
+
+
+def augment_batch(
+    key: jax.Array,
+    images: jax.Array,
+    indices: jax.Array,
+    step: jax.Array,
+    augmentation: Augmentation | None,
+    mirror_period: int,
+    mixing: Mixing | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A batch (B, H, W, C) uint8 as a step sees it before normalisation.
+
+    `indices` (B,) are the examples' places in the training split. The other arguments are the step's
+    number, its key of augmentation, and as in `make_train_step`.
+
+    Returns:
+        The images (B, H, W, C) on the scale [0, 1], and each one's own share (B,), None where they are not mixed.
+    """
+    batch = images.astype(jnp.float32) / 255
+    if mirror_period:
+        batch = alternating_mirror(key, batch, indices, step // mirror_period)
+    step_key = jax.random.fold_in(key, step)
+    if augmentation is not None:
+        example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
+        batch = jax.vmap(augmentation)(example_keys, batch)
+    if mixing is None:
+        return batch, None
+    # A key per part of a batch: that of its first example, folded in once more.
+    return mixing(jax.random.fold_in(jax.random.fold_in(step_key, indices[0]), 1), batch)
 
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
@@ -191,17 +221,9 @@ def make_train_step(
         state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, keys: tuple[jax.Array, jax.Array]
     ) -> tuple[Any, Sums, Any]:
         augmentation_key, dropout_key = keys
-        batch = images[indices].astype(jnp.float32) / 255
-        if mirror_period:
-            batch = alternating_mirror(augmentation_key, batch, indices, state.step // mirror_period)
-        step_key = jax.random.fold_in(augmentation_key, state.step)
-        if augmentation is not None:
-            example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
-            batch = jax.vmap(augmentation)(example_keys, batch)
-        share = None
-        if mixing is not None:
-            # A key per part of a batch: that of its first example, folded in once more.
-            batch, share = mixing(jax.random.fold_in(jax.random.fold_in(step_key, indices[0]), 1), batch)
+        batch, share = augment_batch(
+            augmentation_key, images[indices], indices, state.step, augmentation, mirror_period, mixing
+        )
         gradient_function = jax.grad(loss_function, has_aux=True)
         gradients, (sums, batch_stats) = gradient_function(
             state.params, state, normalize(batch, mean, std), labels[indices], share, dropout_key
@@ -231,7 +253,7 @@ def make_train_step(
     def update(
         seed: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
     ) -> TrainState:
-        _, augmentation_key, dropout_key = _keys(seed)
+        _, augmentation_key, dropout_key = keys_of(seed)
         dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
         gradients, sums, batch_stats = gradients_of(state, images, labels, indices, (augmentation_key, dropout_key))
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import default
-from flax_dlvc import data
+from flax_dlvc import data, figures
 from flax_dlvc.errors import ConfigError
 
 CIFAR10 = Path(os.environ.get('TFDS_DATA_DIR', ''), 'cifar10')
@@ -583,3 +584,65 @@ def test_real_cifar10():
     mean, std = data.channel_statistics(train)
     np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=5e-4)
     np.testing.assert_allclose(std, (0.2470, 0.2435, 0.2616), atol=2e-3)
+
+
+# What --show draws
+
+
+def test_without_augmentation_training_sees_the_datasets_images(digits):
+    images, names = figures.seen_in_training(make_config(batch_size=16), digits)
+    indices = data.epoch_order(len(digits.train), 0, 1)[:16]
+    np.testing.assert_allclose(images, digits.train.images[indices] / np.float32(255), rtol=0, atol=1e-6)
+    assert names == [digits.class_names[label] for label in digits.train.labels[indices]]
+
+
+def test_with_augmentation_the_images_change_with_the_seed_alone(digits):
+    def seen(**fields):
+        return figures.seen_in_training(make_config(batch_size=16, **fields), digits)[0]
+
+    augmented = seen(augment__random_resized_crop=True)
+    assert np.abs(augmented - seen()).max(axis=(1, 2, 3)).min() > 0.1
+    np.testing.assert_array_equal(augmented, seen(augment__random_resized_crop=True))
+    assert not np.array_equal(augmented, seen(augment__random_resized_crop=True, seed=2**32 - 1))
+
+
+def test_a_mixed_image_is_named_after_both(digits):
+    config = make_config(batch_size=16, augment__mixup_alpha=1.0)
+    images, names = figures.seen_in_training(config, digits)
+    plain, classes = figures.seen_in_training(make_config(batch_size=16), digits)
+    for number, name in enumerate(names):
+        (own, share), (other, rest) = (line.rsplit(' ', 1) for line in name.split('\n'))
+        assert (own, other) == (classes[number], classes[number - 1])
+        blend = float(share) * plain[number] + float(rest) * plain[number - 1]
+        np.testing.assert_allclose(images[number], blend, atol=0.02)
+
+
+def show(*arguments):
+    return data.main(['data', '--config', 'configs/cnn_augment.py', '--config.dataset=digits', *map(str, arguments)])
+
+
+def test_show_draws_a_picture_and_the_same_one_again(tmp_path, capsys):
+    for name in ('a.png', 'b.png'):
+        show('--show', tmp_path / name, '--config.batch_size=20')
+    assert capsys.readouterr().out.startswith(f'20 images of digits: {tmp_path / "a.png"}')
+    assert Image.open(tmp_path / 'a.png').size == (1320, 585)
+    assert (tmp_path / 'a.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((), 'say --show'),
+        (('--show', 'x.svg'), 'not the name of a .png'),
+        (('--show', 'nowhere/x.png'), 'cannot write nowhere/x.png'),
+        (('--show', 'x.png', '--config.sed=1'), 'unknown field'),
+        (('--show', 'x.png', '--archive', 'y'), 'Unknown command line flag'),
+    ],
+)
+def test_what_show_refuses(arguments, message):
+    refused(message, show, *arguments)
+
+
+def test_show_needs_a_config():
+    refused('no config', data.main, ['data', '--show', 'x.png'])
