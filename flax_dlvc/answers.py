@@ -92,7 +92,10 @@ def crop_scales(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
         members.sort(key=crop_scale)
         if len({crop_scale(cell) for cell in members}) > 1:
             found.append(
-                (f'{tables.MODELS[members[0].model]}, {tables.REGULARIZATIONS[members[0].regularization]}', members)
+                (
+                    f'{tables.model_title(members[0].model)}, {tables.REGULARIZATIONS[members[0].regularization]}',
+                    members,
+                )
             )
     return found
 

@@ -17,10 +17,22 @@ from flax_dlvc import config as config_module
 from flax_dlvc import data
 from flax_dlvc.errors import ConfigError, DivergedError, StorageError
 
-# What the record of an epoch has at least; a run without validation has None for it.
-RECORD_FIELDS = frozenset(
-    ('epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy', 'images_per_second')
+# What is read of these files, at least, and its types. A run without validation has None for it; so has a class that
+# the test split lacks.
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_RECORD = {'epoch': int, 'step': int, 'images_per_second': _NUMBER} | dict.fromkeys(
+    ('train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy'), _MAYBE
 )
+_TEST = {'accuracy': _NUMBER, 'mean_class_accuracy': _NUMBER, 'cross_entropy': _NUMBER, 'per_class_accuracy': [_MAYBE]}
+_EVALUATION = _TEST | {'class_names': [str], 'confusion_matrix': [[int]], 'expected_calibration_error': _NUMBER}
+_RESULT = {
+    'config_name': str,
+    'dataset': str,
+    'best_epoch': int,
+    'epochs_run': int,
+    'stopped_early': bool,
+    'test': _TEST,
+}
 
 
 def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
@@ -154,13 +166,40 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
     path = workdir / 'result.json'
     try:
         result = json.loads(path.read_text())
-        if not isinstance(result, dict) or 'accuracy' not in result['test']:
-            raise ValueError('no test accuracy')
+        if not _has_form(result, _RESULT):
+            raise ValueError('not the result of a run')
         return result
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f'{path} is damaged; remove it and the run ends again from its checkpoint') from error
+
+
+def read_test_evaluation(workdir: Path) -> dict[str, Any]:
+    """What `evaluate` wrote about the test split; empty where it wrote nothing.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = workdir / 'evaluation-test.json'
+    try:
+        evaluation = json.loads(path.read_text())
+        if not _has_form(evaluation, _EVALUATION):
+            raise ValueError('not an evaluation')
+        return evaluation
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f'{path} is damaged; remove it, and evaluate writes it anew') from error
+
+
+def _has_form(value: Any, form: Any) -> bool:
+    """Whether a JSON value has the keys of a form, a list its items', and the types; bool is no number here."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and _has_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
+    return isinstance(value, form) and (form is bool or not isinstance(value, bool))
 
 
 def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
@@ -172,7 +211,7 @@ def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
     path = workdir / 'metrics.jsonl'
     try:
         history = tuple(json.loads(line) for line in path.read_text().splitlines())
-        if not all(isinstance(record, dict) and record.keys() >= RECORD_FIELDS for record in history):
+        if not all(_has_form(record, _RECORD) for record in history):
             raise ValueError('not the record of an epoch')
         return history
     except FileNotFoundError:
@@ -211,7 +250,7 @@ def read_failure(workdir: Path) -> str:
     """Why the run did not end; '' where no failure was written."""
     try:
         return str(json.loads((workdir / 'failure.json').read_text())['message'])
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return ''
 
 
@@ -219,7 +258,7 @@ def has_diverged(workdir: Path) -> bool:
     """Whether the failure was a loss that is not finite."""
     try:
         return json.loads((workdir / 'failure.json').read_text())['exit_code'] == DivergedError.exit_code
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return False
 
 

@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import importlib
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -172,7 +171,7 @@ class Cell:
     @property
     def title(self) -> str:
         """Model, regularisation and what else is special, for people."""
-        return f'{MODELS[self.model]}, {self.variant}'
+        return f'{model_title(self.model)}, {self.variant}'
 
     @property
     def note(self) -> str:
@@ -186,6 +185,11 @@ class Cell:
             elif not run.result:
                 notes.append(f'seed {run.config.seed} not finished, {len(run.history)} epochs')
         return '; '.join(notes)
+
+
+def model_title(model: str) -> str:
+    """A model for people; those that are not the report's have no title but their name."""
+    return MODELS.get(model, model)
 
 
 def _plain(value: Any) -> str:
@@ -203,24 +207,17 @@ def read_runs(directory: Path) -> list[Run]:
 
 def read_run(directory: Path, workdir: Path) -> Run:
     """Reads the run in `workdir`, which lies below the study's `directory`."""
-    result = rundir.read_result(workdir)
+    result, history = rundir.read_result(workdir), rundir.read_history(workdir)
+    if result and not 0 < result['best_epoch'] <= len(history):
+        raise ConfigError(f'{workdir} lacks the best epoch of its result in metrics.jsonl; is a file damaged?')
     return Run(
         name=workdir.relative_to(directory).as_posix(),
         config=rundir.read_config(workdir),
-        history=rundir.read_history(workdir),
+        history=history,
         result=result,
-        evaluation=_read_json(workdir / 'evaluation-test.json'),
+        evaluation=rundir.read_test_evaluation(workdir),
         failure='' if result else rundir.read_failure(workdir),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f'{path} is damaged; remove it and start again') from error
 
 
 def group(runs: Iterable[Run]) -> list[Cell]:
@@ -256,10 +253,11 @@ def _cell(runs: list[Run]) -> Cell:
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    place = (list(MODELS).index(cell.model), list(REGULARIZATIONS).index(cell.regularization))
+    models = [*MODELS, cell.model]  # others come last
     return (
         cell.dataset,
-        *place,
+        models.index(cell.model),
+        list(REGULARIZATIONS).index(cell.regularization),
         len(cell.settings),
         [(field, str(ours)) for field, (ours, _) in cell.settings.items()],
     )
@@ -314,7 +312,7 @@ def _to_report(cell: Cell, metric: str, place: int, scale: float) -> str:
 
 
 COLUMNS: tuple[Column, ...] = (
-    ('Model', lambda cell: MODELS[cell.model]),
+    ('Model', lambda cell: model_title(cell.model)),
     ('Regularisation', lambda cell: cell.variant),
     ('Seeds', lambda cell: str(len(cell.finished))),
     ('Accuracy (%)', lambda cell: mean_and_deviation(cell.values('accuracy'), percent)),

@@ -39,7 +39,7 @@ def verify(workdir: Path) -> Iterator[Finding]:
                 continue
             if result and step == _best_step(progress, result['best_epoch']):
                 test = evaluate(setup, state.variables, setup.place(setup.dataset.test))
-                same = all(test[key] == value for key, value in result['test'].items())
+                same = all(test.get(key) == value for key, value in result['test'].items())
                 yield 'result.json', None if same else f'the checkpoint of step {step} gives {test}'
                 result = None
     if result:

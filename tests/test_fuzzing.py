@@ -6,7 +6,7 @@ FLAX_DLVC_FUZZ sets the number of inputs of each kind, and makes them differ fro
 import gzip
 import json
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from test_archive import examples, members, write_tar
 
 from configs import default
-from flax_dlvc import config, interop, loop, rundir
+from flax_dlvc import config, interop, loop, rundir, runs, tables
 from flax_dlvc.archive import read_archive
 from flax_dlvc.errors import CommandError
+from flax_dlvc.evaluate import main as evaluate_main
 from flax_dlvc.images import ImageError, read_image
 
 INPUTS = 'FLAX_DLVC_FUZZ'
@@ -63,7 +64,7 @@ def is_read_or_refused(read, *arguments):
     try:
         read(*arguments)
     except (CommandError, ImageError) as error:
-        assert str(error).strip()
+        assert ' '.join(str(error).split())  # as run_command prints it
         return False
     return True
 
@@ -107,8 +108,10 @@ def whole_run(tmp_path_factory):
     small.name = 'cnn'
     workdir = tmp_path_factory.mktemp('run') / 'run'
     loop.run(small, workdir)
-    files = ('config.json', 'dataset.json', 'metrics.jsonl', 'result.json')
-    return {name: (workdir / name).read_bytes() for name in files}, small
+    evaluate_main(['', '--workdir', str(workdir)])
+    rundir.write_failure(workdir, 'it was too small')
+    files = (each for each in workdir.iterdir() if each.suffix in ('.json', '.jsonl'))
+    return {each.name: each.read_bytes() for each in files}, small
 
 
 def places(value, place=()):
@@ -138,13 +141,23 @@ def test_text_files_of_a_run(folder, whole_run, data):
         value = json.loads(files[name])
         place = data.draw(st.sampled_from(list(places(value))))
         content = json.dumps(put(value, place, data.draw(JSON))).encode()
+    workdir = folder / 'cell' / 'seed_0'
+    workdir.mkdir(parents=True, exist_ok=True)
     for each in files:
-        (folder / each).write_bytes(content if each == name else files[each])
-    for read in (rundir.read_config, rundir.read_dataset, rundir.read_history, rundir.read_result):
-        is_read_or_refused(read, folder)
-    is_read_or_refused(rundir.check, folder, small)
-    for each in files:
-        (folder / each).unlink()
+        (workdir / each).write_bytes(content if each == name else files[each])
+    is_read_or_refused(rundir.read_dataset, workdir)
+    is_read_or_refused(rundir.check, workdir, small)
+    assert (rundir.read_failure(workdir) == 'it was too small') or name == 'failure.json'
+    runs.describe(folder, workdir)
+    is_read_or_refused(tabulate, folder)
+    assert sorted(each.name for each in workdir.iterdir()) == sorted(files)
+    shutil.rmtree(folder / 'cell')
+
+
+def tabulate(folder):
+    cells = tables.group(tables.read_runs(folder))
+    tables.to_markdown(cells)
+    tables.to_csv(cells)
 
 
 @fuzz
@@ -225,12 +238,6 @@ def test_weights(folder, weights, data):
     path.write_bytes(header + tensors)
     workdir = folder / 'run'
     if is_read_or_refused(interop.import_weights, setup, path, workdir):
-        empty(workdir)
+        shutil.rmtree(workdir)
     assert not workdir.exists()
     path.unlink()
-
-
-def empty(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory)
