@@ -9,7 +9,15 @@ from flax_dlvc import config as config_module
 from flax_dlvc import rundir
 from flax_dlvc.errors import ConfigError, StorageError
 
-RESULT = {'config_name': 'cnn', 'test': {'accuracy': 0.5}}
+TEST = {'accuracy': 0.5, 'mean_class_accuracy': 0.5, 'cross_entropy': 1.5, 'per_class_accuracy': [0.5, 0.5, None]}
+RESULT = {
+    'config_name': 'cnn',
+    'dataset': 'digits',
+    'best_epoch': 1,
+    'epochs_run': 2,
+    'stopped_early': False,
+    'test': TEST,
+}
 
 
 @pytest.fixture
