@@ -276,7 +276,7 @@ def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> A
 
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.1 * columns, 1.3 * rows), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()  # not .flat, which can be gone through once
     for axes in grid:
         axes.set_axis_off()
     for axes, image, label in zip(grid, images, labels, strict=False):

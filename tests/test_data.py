@@ -617,6 +617,16 @@ def test_a_mixed_image_is_named_after_both(digits):
         np.testing.assert_allclose(images[number], blend, atol=0.02)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_the_grid_shows_each_image_under_its_label(channels):
+    images = np.random.default_rng(0).random((5, 4, 6, channels), np.float32)
+    grid = figures.image_grid(images, list('abcde'), columns=2)
+    drawn = [axes for axes in grid.axes if axes.images]
+    assert [axes.get_title() for axes in drawn] == list('abcde')
+    for axes, image in zip(drawn, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()).reshape(image.shape), image)
+
+
 def show(*arguments):
     return data.main(['data', '--config', 'configs/cnn_augment.py', '--config.dataset=digits', *map(str, arguments)])
 
@@ -626,6 +636,7 @@ def test_show_draws_a_picture_and_the_same_one_again(tmp_path, capsys):
         show('--show', tmp_path / name, '--config.batch_size=20')
     assert capsys.readouterr().out.startswith(f'20 images of digits: {tmp_path / "a.png"}')
     assert Image.open(tmp_path / 'a.png').size == (1320, 585)
+    assert np.ptp(np.asarray(Image.open(tmp_path / 'a.png').convert('L'))) > 200  # not blank
     assert (tmp_path / 'a.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
     assert len(list(tmp_path.iterdir())) == 2
 
