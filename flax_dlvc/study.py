@@ -10,14 +10,11 @@ import dataclasses
 import itertools
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -158,33 +155,18 @@ def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
 
     Raises:
         ConfigError: a directory holds another run than the grid's; nothing is started then.
-        StoppedError: SIGTERM or SIGINT; the run that was under way is saved.
+        StoppedError: SIGTERM or SIGINT within a run, which is saved; between two, `run_command` sees to them.
     """
     for planned in grid:
         if rundir.check(planned.directory, planned.config) is not None:
             planned.state = 'finished'
             board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
-    with _stop_between_runs(), board:
+    with board:
         if parallel_runs > 1:
             _in_processes(waiting, board, parallel_runs)
         else:
             _in_turn(waiting, board)
-
-
-@contextmanager
-def _stop_between_runs() -> Iterator[None]:
-    """SIGTERM between two runs ends the study like SIGTERM within one; within one, the loop sees to it."""
-
-    def handle(signal_number: int, frame: FrameType | None) -> None:
-        del frame
-        raise StoppedError('stopped between two runs; the same command goes on', signal_number)
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _in_turn(waiting: Sequence[Planned], board: 'Board') -> None:
@@ -328,7 +310,9 @@ class Board:
         return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
 
     def follow(self, planned: Planned) -> None:
-        """Reads how far a run is from its directory."""
+        """Reads how far a run is from its directory, which a process of its own may not have made yet."""
+        if not (planned.directory / 'config.json').exists():
+            return
         run = tables.read_run(planned.directory.parent.parent, planned.directory)
         planned.epochs = len(run.history)
         planned.best = max((record['validation_accuracy'] for record in run.history), default=None)
