@@ -1,18 +1,23 @@
 """The study: the grid, the statistics, the tables rebuilt from run directories, the page, and real small studies."""
 
+import contextlib
 import csv
 import html
 import json
+import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import ROOT, read_history
 
 from flax_dlvc import answers, page, rundir, study, tables
 from flax_dlvc.errors import ConfigError
@@ -275,9 +280,82 @@ def test_the_page_in_a_browser(finished_study, tmp_path, width):
     assert 'CONSOLE' not in done.stderr
 
 
-def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(start, command, small_run_flags, tmp_path):
+SMALL_STUDY = ['--models', 'cnn', '--regularizations', 'none,dropout', '--seeds', '2']
+
+
+@pytest.fixture(scope='module')
+def whole_study(tmp_path_factory, small_run_flags):
+    """A study that is left alone, on a terminal: its directory, and the pictures of its live table."""
+    directory = tmp_path_factory.mktemp('whole')
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'flax_dlvc.study', '--workdir', directory, *SMALL_STUDY, *small_run_flags],
+        cwd=ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'TERM': 'xterm', 'COLUMNS': '120', 'LINES': '40'},
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b''
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown.decode())
+    assert process.wait(timeout=60) == 0, text
+    return directory, text
+
+
+def test_a_terminal_shows_a_line_per_run(whole_study):
+    """With epoch, best validation accuracy and the time left; in the end what the runs' files say."""
+    directory, text = whole_study
+    assert re.search(r'at most \d+ seconds left', text)
+    assert re.search(r'cnn +│ 0 +│ running +│ [12]/3 +│ 0\.\d{4}', text)
+    assert re.search(r'cnn_dropout +│ 1 +│ waiting +│ 0/3 +│ +│', text)
+    last = text[text.rindex('best validation accuracy') :]
+    for cell in ('cnn', 'cnn_dropout'):
+        for seed in (0, 1):
+            best = max(r['validation_accuracy'] for r in read_history(directory / cell / f'seed_{seed}'))
+            assert re.search(rf'│ {cell} +│ {seed} +│ finished +│ 3/3 +│ {best:.4f} ', last), last
+    assert '[1/4]' not in text
+
+
+def test_parallel_runs_are_bit_for_bit_the_serial_ones(whole_study, command, small_run_flags, tmp_path):
+    serial, _ = whole_study
+    flags = ['--models', 'cnn', '--regularizations', 'none', '--seeds', 2, '--parallel-runs', 2, *small_run_flags]
+    devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+    done = command('study', '--workdir', tmp_path, *flags, **devices)
+    assert done.returncode == 0, done.stderr
+    assert '[2/2] cnn seed ' in done.stdout
+    for seed in (0, 1):
+        ours, theirs = tmp_path / 'cnn' / f'seed_{seed}', serial / 'cnn' / f'seed_{seed}'
+        assert read_history(ours) == read_history(theirs)
+        assert rundir.read_result(ours)['test'] == rundir.read_result(theirs)['test']
+
+
+def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flags, tmp_path, capsys):
+    """Within a factor of ten of the runs' own speed: other work on the machine moves both."""
+    serial, _ = whole_study
+    arguments = ['study', '--workdir', str(tmp_path / 'study'), '--models', 'cnn', '--regularizations', 'none']
+    study.main([*arguments, '--seeds', '2', *small_run_flags, '--config.num_epochs=300', '--dry-run'])
+    shown = capsys.readouterr().out
+    assert not (tmp_path / 'study').exists()
+    assert 'cnn: 2 seeds, 0 finished' in shown
+    milliseconds = float(re.search(r'(\d+) ms a step', shown)[1])
+    speed = rundir.read_history(serial / 'cnn' / 'seed_1')[-1]['images_per_second']
+    assert 0.1 < milliseconds / (1000 * 64 / speed) < 10
+    # 4 steps an epoch and the validation split's 290 examples.
+    expected = milliseconds / 1000 * (4 + 290 / 64 / 3) * 300 * 2
+    number, unit = re.search(r'2 runs; at most ([\d.]+) (seconds|minutes|hours)', shown).groups()
+    total = float(number) * {'seconds': 1, 'minutes': 60, 'hours': 3600}[unit]
+    assert total == pytest.approx(expected, rel=0.25)
+
+
+def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
+    whole_study, start, command, small_run_flags, tmp_path
+):
     """Stopped by SIGTERM within its first run, then killed when that one is finished, then left alone."""
-    flags = ['--models', 'cnn', '--regularizations', 'none,dropout', '--seeds', 2, *small_run_flags]
+    flags = [*SMALL_STUDY, *small_run_flags]
 
     def wait_for(path):
         deadline = time.monotonic() + 240
@@ -285,25 +363,37 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(start
             time.sleep(0.02)
         assert path.exists(), process.communicate()
 
-    process = start('study', '--workdir', tmp_path / 'killed', *flags)
-    wait_for(tmp_path / 'killed' / 'cnn' / 'seed_0' / 'metrics.jsonl')
+    process = start('study', '--workdir', tmp_path, *flags)
+    wait_for(tmp_path / 'cnn' / 'seed_0' / 'metrics.jsonl')
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143, process.communicate()
     process.communicate()
-    process = start('study', '--workdir', tmp_path / 'killed', *flags)
-    wait_for(tmp_path / 'killed' / 'cnn' / 'seed_0' / 'result.json')
+    process = start('study', '--workdir', tmp_path, *flags)
+    wait_for(tmp_path / 'cnn' / 'seed_0' / 'result.json')
     process.kill()
     process.communicate()
-    finished = (tmp_path / 'killed' / 'cnn' / 'seed_0' / 'result.json').stat().st_mtime_ns
-    last = command('study', '--workdir', tmp_path / 'killed', *flags)
+    finished = (tmp_path / 'cnn' / 'seed_0' / 'result.json').stat().st_mtime_ns
+    last = command('study', '--workdir', tmp_path, *flags)
     assert last.returncode == 0, last.stderr
     assert '[4/4] ' in last.stdout
-    assert (tmp_path / 'killed' / 'cnn' / 'seed_0' / 'result.json').stat().st_mtime_ns == finished
-    whole = command('study', '--workdir', tmp_path / 'whole', *flags)
-    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / 'cnn' / 'seed_0' / 'result.json').stat().st_mtime_ns == finished
     for name in ('table.md', 'table.csv', 'table.tex', 'answers.md'):
-        assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
-    assert 'digits' in (tmp_path / 'whole' / 'table.md').read_text()
+        assert (tmp_path / name).read_bytes() == (whole_study[0] / name).read_bytes()
+    assert 'digits' in (tmp_path / 'table.md').read_text()
+
+
+def test_runs_without_a_test_evaluation_are_tabled_without_it(tmp_path):
+    """No confusion matrix and no calibration error: an empty field, not a crash."""
+    for seed, accuracy in enumerate((0.70, 0.74)):
+        write_run(tmp_path / 'cnn' / f'seed_{seed}', 'cnn', seed, accuracy)
+        (tmp_path / 'cnn' / f'seed_{seed}' / 'evaluation-test.json').unlink()
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    (row,) = read_csv(tmp_path / 'table.csv')
+    assert float(row['accuracy_mean']) == pytest.approx(0.72)
+    assert {value for name, value in row.items() if 'calibration' in name} == {''}
+    assert 'nan' not in (tmp_path / 'table.md').read_text()
+    assert not list((tmp_path / 'figures').glob('confusion*'))
+    assert (tmp_path / 'report.html').exists()
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, small_run_flags, capsys):
