@@ -227,7 +227,8 @@ def _in_processes(waiting: Sequence[Planned], board: 'Board', parallel_runs: int
 
 
 def _start(planned: Planned, device: int) -> 'subprocess.Popen[str]':
-    """Starts a run on one device of its own."""
+    """Starts a run on one device of its own, in a directory that the board can follow from the first moment."""
+    rundir.create(planned.directory, planned.config)
     own = {'JAX_CUDA_VISIBLE_DEVICES': str(device), 'JAX_ROCM_VISIBLE_DEVICES': str(device), 'JAX_NUM_CPU_DEVICES': '1'}
     return subprocess.Popen(
         [sys.executable, *planned.command],
@@ -310,9 +311,7 @@ class Board:
         return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
 
     def follow(self, planned: Planned) -> None:
-        """Reads how far a run is from its directory, which a process of its own may not have made yet."""
-        if not (planned.directory / 'config.json').exists():
-            return
+        """Reads how far a run is from its directory."""
         run = tables.read_run(planned.directory.parent.parent, planned.directory)
         planned.epochs = len(run.history)
         planned.best = max((record['validation_accuracy'] for record in run.history), default=None)
