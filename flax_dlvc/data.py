@@ -7,24 +7,20 @@ Shapes: N examples, H height, W width, C channels, S steps, D devices, B example
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import itertools
-import json
-import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from flax_dlvc import decoded
+from flax_dlvc.decoded import Split
 from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
+from flax_dlvc.folder import Folder
 
 # Per-channel statistics of CIFAR-10's training images in [0, 1], as the report's course handed them out. Other
 # datasets' are computed from their training split.
@@ -34,17 +30,6 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 PREPARABLE = ('cifar10', 'cifar100')  # datasets that are prepared from their official archive, without TensorFlow
 
 NUM_SHOWN = 64  # images that --show draws
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Examples: `images` (N, H, W, C) uint8 and `labels` (N,) int32, possibly mapped from a file."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +89,7 @@ def load(config: ConfigDict) -> Dataset:
         ConfigError: unknown or unprepared dataset, a slice that is malformed, empty or overlaps another, images of
             mixed sizes, labels outside the classes, or a config that does not fit the data.
     """
-    source = _Digits() if config.dataset == 'digits' else _Tfds(config.dataset)
+    source = _open(config.dataset)
     specs = {split: config.splits[split] for split in ('train', 'validation', 'test')}
     slices = {
         split: [] if split == 'validation' and spec == '' else _parse_slice(spec, source.sizes)
@@ -195,7 +180,7 @@ def _check_disjoint(slices: dict[str, list[tuple[str, int, int]]]) -> None:
             raise ConfigError(f'splits.{split} and splits.{next_split} share examples of {base!r}; make them disjoint')
 
 
-def _take(source: '_Digits | _Tfds', ranges: list[tuple[str, int, int]]) -> Split:
+def _take(source: '_Digits | Folder | _Tfds', ranges: list[tuple[str, int, int]]) -> Split:
     parts = []
     for base, start, stop in ranges:
         split = source.read(base)
@@ -218,6 +203,14 @@ def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
 
 
 # Sources: a dict of split sizes, class names, and `read(split)`
+
+
+def _open(name: str) -> '_Digits | Folder | _Tfds':
+    if name == 'digits':
+        return _Digits()
+    if name.startswith('folder:'):
+        return Folder(Path(name.removeprefix('folder:')))
+    return _Tfds(name)
 
 
 class _Digits:
@@ -288,85 +281,42 @@ class _Tfds:
         return self._decoded[split]
 
     def _read_cached(self, split: str) -> Split:
-        """Maps the decoded arrays; decodes them first where they are missing, stale or damaged."""
+        source = Path(self._builder.data_path)
+        digest = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
+        name = f'{self._name}-{self._builder.version}-{digest}/{split}'
+        return decoded.load(name, _fingerprint(source, split), partial(self._decode, split))
+
+    def _decode(self, split: str, building: Path) -> None:
         from PIL import UnidentifiedImageError
 
-        source = Path(self._builder.data_path)
-        fingerprint = _fingerprint(source, split)
-        digest = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
-        directory = cache_directory() / 'decoded' / f'{self._name}-{self._builder.version}-{digest}' / split
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(directory.with_suffix('.lock')):
-                cached = _map_arrays(directory, fingerprint)
-                if cached is None:
-                    self._decode(split, directory, fingerprint)
-                    cached = _map_arrays(directory, fingerprint)
-        except (RuntimeError, UnidentifiedImageError) as error:  # of array_record and Pillow
-            raise ConfigError(f'{self._name}: {split!r} in {source} is damaged ({error}); prepare it again') from error
-        except OSError as error:
-            raise ConfigError(
-                f'cannot keep decoded images in {directory}: {error.strerror}; set FLAX_DLVC_CACHE_DIR'
-            ) from error
-        if cached is None:
-            raise ConfigError(f'{self._name} changed while it was decoded; start again')
-        return cached
-
-    def _decode(self, split: str, directory: Path, fingerprint: str) -> None:
-        """Decodes a split with several threads into a new directory that then takes the old one's place."""
-        from rich.console import Console
-        from rich.progress import Progress
-
+        source, size = self._builder.data_path, self.sizes[split]
+        if size == 0:
+            raise ConfigError(f'{self._name}: split {split!r} is empty')
         try:
             examples = self._builder.as_data_source(split)
-        except NotImplementedError as error:
+            shape = examples[0]['image'].shape
+
+            def read(indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+                for index, example in zip(indices, examples.__getitems__(indices), strict=True):
+                    image, label = example['image'], example['label']
+                    if image.shape != shape:
+                        raise ConfigError(
+                            f'{self._name}: image {index} of {split!r} is {image.shape}, the first is {shape}; '
+                            'only images of one size can be used'
+                        )
+                    if not 0 <= label < len(self.class_names):
+                        raise ConfigError(
+                            f'{self._name}: {split!r} has labels outside its {len(self.class_names)} classes'
+                        )
+                    yield image, label
+
+            decoded.write(building, f'{self._name} {split}', size, shape, read)
+        except NotImplementedError as error:  # TFDS reads single examples of ArrayRecord files alone
             raise ConfigError(
                 f'{self._name} is not prepared as ArrayRecord files; prepare it with file_format="array_record"'
             ) from error
-        size = self.sizes[split]
-        if size == 0:
-            raise ConfigError(f'{self._name}: split {split!r} is empty')
-        shape = examples[0]['image'].shape
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'{split}-') as temporary:
-            building = Path(temporary) / split
-            building.mkdir()
-            images = np.lib.format.open_memmap(building / 'images.npy', 'w+', np.uint8, (size, *shape))
-            labels = np.zeros(size, np.int32)
-
-            def decode(indices: Sequence[int]) -> int:
-                for index, example in zip(indices, examples.__getitems__(indices), strict=True):
-                    if example['image'].shape != shape:
-                        raise ConfigError(
-                            f'{self._name}: image {index} of {split!r} is {example["image"].shape}, the first is '
-                            f'{shape}; only images of one size can be used'
-                        )
-                    images[index] = example['image']
-                    labels[index] = example['label']
-                return len(indices)
-
-            chunks = [range(start, min(start + 500, size)) for start in range(0, size, 500)]
-            with (
-                Progress(console=Console(stderr=True), transient=True) as progress,
-                ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
-            ):
-                task = progress.add_task(f'decoding {self._name} {split}', total=size)
-                for count in pool.map(decode, chunks):
-                    progress.advance(task, count)
-            if not 0 <= labels.min() <= labels.max() < len(self.class_names):
-                raise ConfigError(f'{self._name}: {split!r} has labels outside its {len(self.class_names)} classes')
-            images.flush()
-            np.save(building / 'labels.npy', labels)
-            manifest = _manifest(fingerprint, building)
-            (building / 'manifest.json').write_text(json.dumps(manifest))
-            if directory.exists():
-                shutil.rmtree(directory)
-            building.rename(directory)
-
-
-def cache_directory() -> Path:
-    """Where decoded images and compiled programs are kept: FLAX_DLVC_CACHE_DIR, or the user's cache directory."""
-    user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(os.environ.get('FLAX_DLVC_CACHE_DIR') or Path(user_cache) / 'flax_dlvc')
+        except (RuntimeError, UnidentifiedImageError) as error:  # of array_record and Pillow
+            raise ConfigError(f'{self._name}: {split!r} in {source} is damaged ({error}); prepare it again') from error
 
 
 def _fingerprint(source: Path, split: str) -> str:
@@ -378,34 +328,6 @@ def _fingerprint(source: Path, split: str) -> str:
         elif f'-{split}.' in path.name:
             digest.update(f'{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}'.encode())
     return digest.hexdigest()
-
-
-_ARRAYS = ('images.npy', 'labels.npy')
-
-
-def _map_arrays(directory: Path, fingerprint: str) -> Split | None:
-    """The decoded arrays, or None where they are missing, from other files than these, or damaged."""
-    try:
-        manifest = json.loads((directory / 'manifest.json').read_text())
-        if manifest != _manifest(fingerprint, directory):
-            return None
-        return Split(*(np.load(directory / name, mmap_mode='r') for name in _ARRAYS))
-    except (OSError, ValueError):
-        return None
-
-
-def _manifest(fingerprint: str, directory: Path) -> dict[str, Any]:
-    """What a directory of decoded arrays has to be: of this source, and the bytes of its files, headers included."""
-    files = (np.memmap(directory / name, mode='r') for name in _ARRAYS)
-    return {'source': fingerprint, 'crc32': [zlib.crc32(file.data) for file in files]}
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time pass; the lock ends with its process."""
-    with path.open('w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def show(argv: list[str]) -> None:

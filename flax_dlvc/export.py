@@ -52,8 +52,12 @@ def export(workdir: Path, which: str, out: Path) -> None:
         ConfigError: the checkpoint cannot be had, or there is something in `out`.
         StorageError: `out` cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f'{out} is there already; choose another --out')
+    try:
+        is_new = not out.exists()
+        if not is_new and not (out.is_dir() and not any(out.iterdir())):
+            raise ConfigError(f'{out} is there already; choose another --out')
+    except OSError as error:
+        raise ConfigError(f'cannot read {out}: {error.strerror}; choose another --out') from error
     setup, variables = load_trained(workdir, which)
     dataset = setup.dataset
     description = {
@@ -65,14 +69,16 @@ def export(workdir: Path, which: str, out: Path) -> None:
         'config_name': setup.config.name,
     }
     program = inference_function(setup, jax.device_get(variables)).serialize()
-    writing = out.with_name(f'.{out.name}.writing')
+    writing = out / '.writing'  # an empty `out` may be where the user stands, so it is filled, not replaced
     try:
-        writing.mkdir(parents=True, exist_ok=True)
+        writing.mkdir(parents=True)
         (writing / 'model.jax').write_bytes(program)
         (writing / 'model.json').write_text(json.dumps(description, indent=2) + '\n')
-        writing.replace(out)
+        for path in writing.iterdir():
+            path.replace(out / path.name)
+        writing.rmdir()
     except OSError as error:
-        shutil.rmtree(writing, ignore_errors=True)
+        shutil.rmtree(out if is_new else writing, ignore_errors=True)
         raise StorageError(f'cannot write {out}: {error.strerror}; choose another --out') from error
 
 

@@ -3,6 +3,7 @@
 Shapes: H height, W width, C channels.
 """
 
+import contextlib
 import glob
 import warnings
 from collections.abc import Iterable, Iterator
@@ -51,20 +52,37 @@ def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         ImageError: missing, unreadable, truncated, or of more than `MAX_PIXELS` pixels.
     """
     height, width, channels = shape
+    with _open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        opaque = _opaque(upright).convert('L' if channels == 1 else 'RGB')
+        fitted = ImageOps.fit(opaque, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(fitted, np.uint8).reshape(shape)
+
+
+def is_greyscale(path: Path) -> bool:
+    """Whether an image file has a single channel, transparency aside; only its header is read.
+
+    Raises:
+        ImageError: as `read_image`, so far as the header tells.
+    """
+    with _open(path) as image:
+        return image.mode in ('1', 'L', 'LA', 'F') or image.mode.startswith('I')
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """Opens an image file; whatever goes wrong with it until it is closed becomes an `ImageError`."""
     try:
         with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # we have a limit of our own
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}')
-            upright = ImageOps.exif_transpose(image)
-            opaque = _opaque(upright).convert('L' if channels == 1 else 'RGB')
-            fitted = ImageOps.fit(opaque, (width, height), Image.Resampling.BILINEAR)
+            yield image
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError('there is no such file') from None
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise ImageError(' '.join(str(error).split()) or type(error).__name__) from error
-    return np.asarray(fitted, np.uint8).reshape(shape)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

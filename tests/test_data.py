@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from flax_dlvc import data, figures
+from flax_dlvc import data, decoded, figures
 from flax_dlvc.errors import ConfigError
 
 CIFAR10 = Path(os.environ.get('TFDS_DATA_DIR', ''), 'cifar10')
@@ -315,7 +315,7 @@ def assert_holds(dataset, splits):
 
 def cached(split):
     """The directory of a split's decoded arrays."""
-    (directory,) = (data.cache_directory() / 'decoded').glob(f'tiny-*/{split}')
+    (directory,) = (decoded.cache_directory() / 'decoded').glob(f'tiny-*/{split}')
     return directory
 
 
@@ -360,7 +360,7 @@ def test_two_directories_have_a_cache_each(tmp_path, tfds_environment, monkeypat
         monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / f'tfds {number}'))
         write_prepared(tmp_path / f'tfds {number}', make_examples(number))
         assert_holds(load_tiny(), make_examples(number))
-    assert len(list((data.cache_directory() / 'decoded').iterdir())) == 2
+    assert len(list((decoded.cache_directory() / 'decoded').iterdir())) == 2
 
 
 def test_a_source_that_changed_is_decoded_again(prepared, tfds_environment):
@@ -435,10 +435,10 @@ def test_decoding_that_is_interrupted_leaves_nothing(prepared, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, '_manifest', interrupt)
+        patch.setattr(decoded, '_manifest', interrupt)
         with pytest.raises(KeyboardInterrupt):
             load_tiny()
-    (directory,) = (data.cache_directory() / 'decoded').iterdir()
+    (directory,) = (decoded.cache_directory() / 'decoded').iterdir()
     assert [path.name for path in directory.iterdir()] == ['train.lock']
     assert_holds(load_tiny(), splits)
 
@@ -495,7 +495,7 @@ def test_images_of_mixed_sizes(tfds_environment):
     odd = np.zeros((6, 5, 3), np.uint8)
     write_prepared(tfds_environment, {**splits, 'train': ([*images[:-1], odd], labels)})
     refused(r'image 699 of .train. is \(6, 5, 3\), the first is \(6, 4, 3\)', load_tiny)
-    assert not list(data.cache_directory().rglob('*.npy'))
+    assert not list(decoded.cache_directory().rglob('*.npy'))
 
 
 def test_splits_of_different_sizes(tfds_environment):
@@ -514,7 +514,7 @@ def test_labels_outside_the_classes(tfds_environment, monkeypatch, label):
         patch.setattr(tfds.features.ClassLabel, 'encode_example', lambda _, value: value)
         write_prepared(tfds_environment, splits)
     refused("'train' has labels outside its 10 classes", load_tiny)
-    assert not list(data.cache_directory().rglob('*.npy'))
+    assert not list(decoded.cache_directory().rglob('*.npy'))
 
 
 @pytest.mark.parametrize('name', ['', ' ', 'nope', 'nope/nope', '../tiny', 'cifar10/nope', 'cifar10:9.9.9', 'a\nb'])
@@ -549,7 +549,7 @@ def test_damaged_source(prepared, damage):
     else:
         (directory / 'dataset_info.json').unlink()
     refused('tiny', load_tiny)
-    assert not list(data.cache_directory().rglob('*.npy'))
+    assert not list(decoded.cache_directory().rglob('*.npy'))
 
 
 def test_a_cache_that_cannot_be_written(prepared, tmp_path, monkeypatch):
@@ -560,13 +560,13 @@ def test_a_cache_that_cannot_be_written(prepared, tmp_path, monkeypatch):
 
 def test_cache_directory(monkeypatch):
     monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', '/somewhere')
-    assert data.cache_directory() == Path('/somewhere')
+    assert decoded.cache_directory() == Path('/somewhere')
     monkeypatch.delenv('FLAX_DLVC_CACHE_DIR')
     monkeypatch.setenv('XDG_CACHE_HOME', '/elsewhere')
-    assert data.cache_directory() == Path('/elsewhere/flax_dlvc')
+    assert decoded.cache_directory() == Path('/elsewhere/flax_dlvc')
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', '/home/somebody')
-    assert data.cache_directory() == Path('/home/somebody/.cache/flax_dlvc')
+    assert decoded.cache_directory() == Path('/home/somebody/.cache/flax_dlvc')
 
 
 @pytest.mark.skipif(not CIFAR10.is_dir() or CIFAR10.parent == Path(), reason='TFDS_DATA_DIR holds no prepared cifar10')

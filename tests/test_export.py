@@ -1,10 +1,12 @@
 """The exported file against the model that it was made of, and in a process that has JAX but not this package."""
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 
 from configs import cnn, resnet18, vit
 from flax_dlvc import export, predict
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.setup import set_up
 from flax_dlvc.transfer import load_trained, save_as_run
 
@@ -92,3 +94,27 @@ def test_a_directory_that_is_there_is_left_alone(workdir, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['mine']
     with pytest.raises(ConfigError, match='not a run directory'):
         export.main(['', '--workdir', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')])
+
+
+def test_out_may_be_the_empty_directory_one_stands_in(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export.main(['', '--workdir', str(workdir), '--out', '.'])
+    assert 'model.jax' in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['model.jax', 'model.json']
+
+
+def test_an_out_that_cannot_be_read_or_written(workdir, tmp_path, monkeypatch):
+    def deny(self, *_, **__):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), 'iterdir', deny)
+        with pytest.raises(ConfigError, match=r'cannot read .*: Permission denied; choose another --out'):
+            export.export(workdir, 'best', tmp_path)
+    monkeypatch.setattr(export, 'inference_function', lambda *_: types.SimpleNamespace(serialize=lambda: b''))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), 'write_bytes', deny)
+        for out in (tmp_path, tmp_path / 'new' / 'out'):
+            with pytest.raises(StorageError, match=r'cannot write .*: Permission denied; choose another --out'):
+                export.export(workdir, 'best', out)
+            assert not list(tmp_path.rglob('model*')) and not list(tmp_path.rglob('.writing'))

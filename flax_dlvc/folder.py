@@ -1,0 +1,142 @@
+"""A folder of image files as a dataset: a folder per class, or folders train, validation and test of such folders.
+
+Any size and kind of image becomes 32x32, the size that the models are made for, as `images.read_image` does it for
+predictions too: turned upright, opaque on white, scaled to cover, cropped to the middle. Where every file is greyscale
+there is one channel, else three. Nothing but hidden files is passed over.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_dlvc import decoded
+from flax_dlvc.decoded import Split
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.images import ImageError, find_images, is_greyscale, read_image
+
+SIZE = 32  # pixels
+TEST_SHARE = 0.2  # of the images of a folder without a test split of its own
+SPLITS = ('train', 'validation', 'test')
+
+
+class Folder:
+    """Split sizes, class names (those of the folders, sorted), and `read(split)`.
+
+    The examples of a split stand in an order in which every leading share holds the classes in the same proportions.
+    Without splits of its own, the folder's last fifth in that order is the test split, the rest is for training. The
+    order is that of the hashes of the files' names: the same everywhere, and hardly another for a file more.
+
+    Raises:
+        ConfigError: no such folder, fewer than two classes, an empty class, splits of different classes, or a folder
+            or image in a place where it would not be used.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path.expanduser()
+        try:
+            folders = _list_folders(self._path)
+            if 'train' in folders and _list_folders(folders['train']):  # else a class of that name
+                self.class_names, files = self._read_splits(folders)
+            else:
+                classes = _list_classes(self._path)
+                self.class_names = tuple(classes)
+                examples = _in_order(classes)
+                num_train = len(examples) - max(1, round(TEST_SHARE * len(examples)))
+                files = {'train': examples[:num_train], 'test': examples[num_train:]}
+        except OSError as error:
+            raise ConfigError(f'cannot read {error.filename or self._path}: {error.strerror}') from error
+        self.sizes = {split: len(examples) for split, examples in files.items()}
+        self._files = [example for examples in files.values() for example in examples]
+
+    def _read_splits(self, folders: dict[str, Path]) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
+        for name in folders:
+            if name not in SPLITS:
+                raise ConfigError(f'{folders[name]} is beside a folder train, but none of {", ".join(SPLITS)}')
+        splits = {split: _list_classes(folders[split]) for split in SPLITS if split in folders}
+        class_names = tuple(splits['train'])
+        for split, classes in splits.items():
+            differing = sorted({*classes} ^ {*class_names})
+            if differing:
+                raise ConfigError(f'{self._path}: train and {split} hold different classes: {", ".join(differing)}')
+        return class_names, {split: _in_order(classes) for split, classes in splits.items()}
+
+    def read(self, split: str) -> Split:
+        """The examples of a split, mapped; the first time all of the folder is decoded."""
+        start = 0
+        for name, size in self.sizes.items():
+            if name == split:
+                return Split(self._examples.images[start : start + size], self._examples.labels[start : start + size])
+            start += size
+        raise KeyError(split)
+
+    @cached_property
+    def _examples(self) -> Split:
+        place = hashlib.sha256(str(self._path.resolve()).encode()).hexdigest()[:12]
+        try:
+            fingerprint = self._fingerprint()
+        except OSError as error:
+            raise ConfigError(f'cannot read {error.filename}: {error.strerror}') from error
+        return decoded.load(f'folder-{place}/all', fingerprint, self._decode)
+
+    def _fingerprint(self) -> str:
+        """Changes when a file comes, goes, or changes in class, size or time."""
+        digest = hashlib.sha256(f'{SIZE} {self.sizes}'.encode())
+        for path, label in self._files:
+            status = path.stat()
+            digest.update(f'{path.relative_to(self._path)} {label} {status.st_size} {status.st_mtime_ns}\n'.encode())
+        return digest.hexdigest()
+
+    def _decode(self, building: Path) -> None:
+        channels = 1 if all(_or_complain(is_greyscale, path) for path, _ in self._files) else 3
+        shape = (SIZE, SIZE, channels)
+
+        def read(indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+            for path, label in (self._files[index] for index in indices):
+                yield _or_complain(read_image, path, shape), label
+
+        decoded.write(building, str(self._path), len(self._files), shape, read)
+
+
+def _or_complain(read: Callable[..., Any], path: Path, *arguments: Any) -> Any:
+    try:
+        return read(path, *arguments)
+    except ImageError as error:
+        raise ConfigError(f'{path} is no image that can be used: {error}; mend it or take it away') from error
+
+
+def _list_folders(path: Path) -> dict[str, Path]:
+    return {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name[0] != '.'}
+
+
+def _list_classes(path: Path) -> dict[str, list[Path]]:
+    """The files of each class, at any depth below its folder."""
+    classes = {
+        name: sorted(
+            file
+            for file in folder.rglob('*')
+            if file.is_file() and not any(part.startswith('.') for part in file.relative_to(folder).parts)
+        )
+        for name, folder in _list_folders(path).items()
+    }
+    for name, files in classes.items():
+        if not files:
+            raise ConfigError(f'{path / name} is a class without images; fill it or take it away')
+    if len(classes) < 2:
+        raise ConfigError(f'{path} needs a folder for each of at least two classes; it has {len(classes)}')
+    loose = [file for file in find_images([str(path)]) if file.parent == path]
+    if loose:
+        raise ConfigError(f'{loose[0]} is in no class; put it into the folder of one')
+    return classes
+
+
+def _in_order(classes: dict[str, list[Path]]) -> list[tuple[Path, int]]:
+    """Files and their labels such that every leading share holds each class in proportion, within an example or so."""
+    places = []
+    for label, (name, files) in enumerate(classes.items()):
+        shuffled = sorted(files, key=lambda file: hashlib.sha256(f'{name}/{file.name}'.encode()).digest())
+        places += [((rank + 0.5) / len(files), label, file) for rank, file in enumerate(shuffled)]
+    return [(file, label) for _, label, file in sorted(places)]
