@@ -97,7 +97,7 @@ def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, disp
             # A process may have ended between its last save and this file.
             rundir.write_history(workdir, progress.history)
         rewinds = max(rewinds, progress.rewinds)
-        slower = setup.with_learning_rate(config.learning_rate / 2**rewinds) if rewinds else setup
+        slower = setup.variant(learning_rate=config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)
         try:
             return train(slower, state, dataclasses.replace(progress, rewinds=rewinds), workdir, checkpoints, display)

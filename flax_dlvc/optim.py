@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 KERNELS = optax.contrib.MuonDimensionNumbers(reduction_axis=(1, 2, 3), output_axis=4)
 
 
-def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate as a function of the step, as `config.schedule` describes it.
+def make_schedule(config: ConfigDict, steps_per_epoch: int, peak: float | jax.Array) -> optax.Schedule:
+    """Learning rate as a function of the step, as `config.schedule` describes it; `peak` is its highest.
 
     'exponential' multiplies by `decay_per_epoch` after each epoch (PyTorch's `ExponentialLR`); 'linear' and 'cosine'
     fall to 0 at the end; 'one_cycle' is Smith and Topin's (2018, arXiv:1708.07120) with optax's defaults: up to the
@@ -20,7 +20,6 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """
     total_steps = config.num_epochs * steps_per_epoch
     warmup_steps = round(config.schedule.warmup_epochs * steps_per_epoch)
-    peak = config.learning_rate
     if config.schedule.name == 'one_cycle':
         return optax.cosine_onecycle_schedule(total_steps, peak)
     if config.schedule.name == 'cosine':
@@ -36,17 +35,22 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after_warmup], [warmup_steps])
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, steps_per_epoch: int, learning_rate: float | jax.Array
+) -> optax.GradientTransformation:
     """The optax chain: optional clipping by global norm, then AdamW, SGD with momentum, or Muon.
+
+    `learning_rate` is the schedule's peak, beside the config so that a compiled step can take it as an argument.
 
     Weight decay applies to kernels only. It is decoupled in AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) and
     added to the gradient in SGD, as in PyTorch.
     """
     optimizer = config.optimizer
+    schedule = make_schedule(config, steps_per_epoch, learning_rate)
     if optimizer.name == 'adamw':
         update = optax.adamw(schedule, weight_decay=optimizer.weight_decay, mask=kernels_only)
     elif optimizer.name == 'muon':
-        update = make_muon(config, schedule, steps_per_epoch)
+        update = make_muon(config, schedule, steps_per_epoch, learning_rate)
     else:
         update = optax.chain(
             optax.add_decayed_weights(optimizer.weight_decay, mask=kernels_only),
@@ -62,7 +66,9 @@ def kernels_only(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
-def make_muon(config: ConfigDict, schedule: optax.Schedule, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_muon(
+    config: ConfigDict, schedule: optax.Schedule, steps_per_epoch: int, learning_rate: float | jax.Array
+) -> optax.GradientTransformation:
     """Muon on the kernels of convolutions and SGD with Nesterov momentum on everything else.
 
     Muon (Jordan et al. 2024) steps along the momentum with its singular values brought near 1, and before each step
@@ -71,11 +77,11 @@ def make_muon(config: ConfigDict, schedule: optax.Schedule, steps_per_epoch: int
     """
     optimizer = config.optimizer
     first_steps = max(1, round(optimizer.whitening_bias_epochs * steps_per_epoch))
-    early = optax.linear_schedule(config.learning_rate, 0.0, first_steps)
+    early = optax.linear_schedule(learning_rate, 0.0, first_steps)
 
     def sgd(schedule: optax.Schedule, factor: float) -> optax.GradientTransformation:
         # PyTorch's order: decay is added to the gradient, so that the schedule and the momentum scale it as well.
-        decay = optimizer.weight_decay / (config.learning_rate * factor)
+        decay = optimizer.weight_decay / (learning_rate * factor)
         step = optax.sgd(lambda step: factor * schedule(step), momentum=optimizer.sgd_momentum, nesterov=True)
         return optax.chain(optax.add_decayed_weights(decay), step)
 

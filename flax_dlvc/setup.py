@@ -67,23 +67,18 @@ class Setup:
     @cached_property
     def schedule(self) -> optax.Schedule:
         """Learning rate by step."""
-        return optim.make_schedule(self.config, self.steps_per_epoch)
-
-    @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optimiser, with the schedule inside."""
-        return optim.make_optimizer(self.config, self.schedule, self.steps_per_epoch)
+        return optim.make_schedule(self.config, self.steps_per_epoch, self.config.learning_rate)
 
     @property
     def train_step(self) -> Callable[..., tuple[steps.TrainState, Sums]]:
-        """The training step of `steps.make_train_step`, with the config's seed."""
-        return partial(self._train_step, self._seed)
+        """The training step of `steps.make_train_step`, with the config's seed and learning rate."""
+        return partial(self._train_step, self._seed, np.float32(self.config.learning_rate))
 
     @cached_property
     def _train_step(self) -> steps.TrainStep:
         return steps.make_train_step(
             model=self.model,
-            optimizer=self.optimizer,
+            make_optimizer=partial(optim.make_optimizer, self.config, self.steps_per_epoch),
             augmentation=make_augmentation(self.config.augment, self.dataset.mean),
             mean=self.dataset.mean,
             std=self.dataset.std,
@@ -133,7 +128,7 @@ class Setup:
     def _initialize(self, seed: jax.Array, images: jax.Array) -> steps.TrainState:
         return steps.create_state(
             self.model,
-            self.optimizer,
+            optim.make_optimizer(self.config, self.steps_per_epoch, self.config.learning_rate),
             self.dataset.image_shape,
             self.num_classes,
             seed,
@@ -152,18 +147,15 @@ class Setup:
 
         return jax.jit(empty, static_argnums=0, out_shardings=self.replicated)
 
-    def with_learning_rate(self, learning_rate: float) -> 'Setup':
-        """The same with another learning rate."""
+    def variant(self, *, seed: int | None = None, learning_rate: float | None = None) -> 'Setup':
+        """The same with another seed or learning rate; what is compiled is shared, since they are arguments of it."""
         config = self.config.copy_and_resolve_references()
-        config.learning_rate = learning_rate
-        return dataclasses.replace(self, config=config)
-
-    def with_seed(self, seed: int) -> 'Setup':
-        """The same with another seed; what is compiled is shared, since the seed is an argument of it."""
-        config = self.config.copy_and_resolve_references()
-        config.seed = seed
+        if seed is not None:
+            config.seed = seed
+        if learning_rate is not None:
+            config.learning_rate = learning_rate
         other = dataclasses.replace(self, config=config)
-        for name in ('schedule', '_train_step', 'evaluation_step', '_create_state', 'abstract_state', '_empty_sums'):
+        for name in ('_train_step', 'evaluation_step', '_create_state', 'abstract_state', '_empty_sums'):
             other.__dict__[name] = getattr(self, name)  # where a cached property keeps its value
         return other
 

@@ -29,7 +29,7 @@ AXIS = 'devices'
 # glibc's malloc.h: no mapping of its own for a large buffer, never trim the heap, one heap.
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
 
-# (seed, state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, copy of state.sums)
+# (seed, learning rate, state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, copy of state.sums)
 TrainStep = Callable[..., tuple['TrainState', Sums]]
 # (variables, sums, images (N, H, W, C), labels (N,), indices (D, S, B)) -> sums
 EvaluationStep = Callable[..., EvaluationSums]
@@ -169,7 +169,7 @@ def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
 def make_train_step(
     *,
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
+    make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
     augmentation: Augmentation | None,
     mean: Sequence[float],
     std: Sequence[float],
@@ -188,7 +188,7 @@ def make_train_step(
 
     Args:
         model: maps float images (B, H, W, C) to logits (B, K).
-        optimizer: turns averaged gradients into updates.
+        make_optimizer: maps the learning rate to what turns averaged gradients into updates.
         augmentation: applied to each image in [0, 1], before normalisation.
         mean: per channel, on the scale [0, 1].
         std: per channel, on the scale [0, 1].
@@ -200,9 +200,9 @@ def make_train_step(
         devices: to run on; the state and the split must be replicated over them.
 
     Returns:
-        The compiled step. It takes the seed of augmentation and dropout (uint32, so that runs that differ in it share
-        the program), the state (and frees it), images, labels and indices (D, S, B), and returns the new state and a
-        copy of its sums that the next call does not free.
+        The compiled step. It takes the seed of augmentation and dropout (uint32) and the learning rate (float32; both
+        so that runs that differ in them share the program), the state (and frees it), images, labels and indices
+        (D, S, B), and returns the new state and a copy of its sums that the next call does not free.
     """
 
     def loss_function(
@@ -251,13 +251,18 @@ def make_train_step(
     gradients_of = differentiate if accumulate_steps == 1 else accumulate
 
     def update(
-        seed: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
+        seed: jax.Array,
+        learning_rate: jax.Array,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        indices: jax.Array,
     ) -> TrainState:
         _, augmentation_key, dropout_key = keys_of(seed)
         dropout_key = jax.random.fold_in(jax.random.fold_in(dropout_key, state.step), jax.lax.axis_index(AXIS))
         gradients, sums, batch_stats = gradients_of(state, images, labels, indices, (augmentation_key, dropout_key))
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = make_optimizer(learning_rate).update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(
             step=state.step + 1,
@@ -269,18 +274,23 @@ def make_train_step(
         )
 
     def train_step(
-        seed: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array
+        seed: jax.Array,
+        learning_rate: jax.Array,
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        indices: jax.Array,
     ) -> tuple[TrainState, Sums]:
-        state = _fold(lambda state, batch: update(seed, state, images, labels, batch), state, indices)
+        state = _fold(lambda state, batch: update(seed, learning_rate, state, images, labels, batch), state, indices)
         return state, state.sums
 
     return _on_devices(
         jax.pmap(
             train_step,
             AXIS,
-            in_axes=(None, None, None, None, 0),
+            in_axes=(None, None, None, None, None, 0),
             out_axes=(None, None),
-            donate_argnums=1,
+            donate_argnums=2,
             devices=devices,
         ),
         devices,

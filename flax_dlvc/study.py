@@ -189,11 +189,11 @@ def _in_turn(waiting: Sequence[Planned], board: 'Board') -> None:
 
 
 def share(setup: 'Setup | None', config: ConfigDict) -> 'Setup':
-    """The setup of a config, made of the last one where the two differ in nothing but the seed."""
+    """The setup of a config, made of the last one where the two differ in seed and learning rate at most."""
     from flax_dlvc.setup import set_up
 
-    if setup is not None and set(differing_fields(config, setup.config)) <= {'seed'}:
-        return setup.with_seed(config.seed)
+    if setup is not None and set(differing_fields(config, setup.config)) <= {'seed', 'learning_rate'}:
+        return setup.variant(seed=config.seed, learning_rate=config.learning_rate)
     return set_up(config)
 
 

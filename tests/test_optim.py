@@ -23,7 +23,7 @@ def make_config(**fields):
 
 
 def rates(steps, **fields):
-    schedule = make_schedule(make_config(**fields), STEPS)
+    schedule = make_schedule(make_config(**fields), STEPS, 0.5)
     return [float(schedule(step)) for step in steps]
 
 
@@ -62,7 +62,7 @@ def test_one_cycle():
 @pytest.mark.parametrize('steps_per_epoch', [1, 2, 3])
 @pytest.mark.parametrize('name', ['constant', 'exponential', 'cosine', 'one_cycle'])
 def test_short_runs_have_finite_rates(name, steps_per_epoch, num_epochs):
-    schedule = make_schedule(make_config(num_epochs=num_epochs, **{'schedule.name': name}), steps_per_epoch)
+    schedule = make_schedule(make_config(num_epochs=num_epochs, **{'schedule.name': name}), steps_per_epoch, 0.5)
     values = [float(schedule(step)) for step in range(num_epochs * steps_per_epoch)]
     assert all(0 <= value <= 0.5 + 1e-6 for value in values), values
 
@@ -102,8 +102,8 @@ def gradients(params, seed, scale=1.0):
     return jax.tree.map(lambda leaf: (scale * generator.normal(size=leaf.shape)).astype(np.float32), params)
 
 
-def train(config, params, all_gradients, schedule=None):
-    optimizer = make_optimizer(config, schedule or optax.constant_schedule(config.learning_rate), 10)
+def train(config, params, all_gradients, steps_per_epoch=STEPS):
+    optimizer = make_optimizer(config, steps_per_epoch, config.learning_rate)
 
     @jax.jit
     def train_all(params, all_gradients):
@@ -127,14 +127,17 @@ def each_leaf(function, params, *others):
     )
 
 
-def decaying(step):
+HALVING = {'learning_rate': 0.1, 'schedule.decay_per_epoch': 0.5}
+
+
+def halving(step):
     return 0.1 * 0.5**step
 
 
 def test_sgd_is_pytorchs(params):
     """d = g + w p for kernels, b = m b + d, p = p - lr b; the first b is d."""
     config = make_config(
-        **{'optimizer.name': 'sgd', 'optimizer.momentum': 0.8, 'optimizer.weight_decay': 0.3, 'learning_rate': 0.1}
+        **HALVING, **{'optimizer.name': 'sgd', 'optimizer.momentum': 0.8, 'optimizer.weight_decay': 0.3}
     )
     all_gradients = [gradients(params, seed) for seed in range(3)]
 
@@ -142,15 +145,15 @@ def test_sgd_is_pytorchs(params):
         leaf, buffer = leaf.astype(np.float64), 0.0
         for step, gradient in enumerate(leaf_gradients):
             buffer = 0.8 * buffer + gradient + (0.3 * leaf if is_kernel else 0.0)
-            leaf = leaf - decaying(step) * buffer
+            leaf = leaf - halving(step) * buffer
         return leaf
 
-    assert_close(train(config, params, all_gradients, decaying), each_leaf(pytorch, params, *all_gradients))
+    assert_close(train(config, params, all_gradients, steps_per_epoch=1), each_leaf(pytorch, params, *all_gradients))
 
 
 def test_adamw_is_pytorchs(params):
     """p = p - lr w p for kernels, then p = p - lr m̂ / (√v̂ + 1e-8)."""
-    config = make_config(**{'optimizer.weight_decay': 0.3, 'learning_rate': 0.1})
+    config = make_config(**HALVING, **{'optimizer.weight_decay': 0.3})
     all_gradients = [gradients(params, seed) for seed in range(3)]
 
     def pytorch(is_kernel, leaf, *leaf_gradients):
@@ -159,13 +162,13 @@ def test_adamw_is_pytorchs(params):
             gradient = gradient.astype(np.float64)
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient**2
-            rate = decaying(step)
+            rate = halving(step)
             leaf = leaf - (rate * 0.3 * leaf if is_kernel else 0.0)
             corrected = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
             leaf = leaf - rate * first / (1 - 0.9 ** (step + 1)) / corrected
         return leaf
 
-    actual = train(config, params, all_gradients, decaying)
+    actual = train(config, params, all_gradients, steps_per_epoch=1)
     assert_close(actual, each_leaf(pytorch, params, *all_gradients), rtol=1e-4)
 
 
@@ -236,10 +239,10 @@ def test_muon_by_definition():
     params |= {'whitening': {'bias': generator.normal(size=5)}}
     fields = {'name': 'muon', 'momentum': 0.6, 'weight_decay': 0.01, 'classifier_factor': 3.0, 'bias_factor': 2.0}
     config = make_config(**{f'optimizer.{name}': value for name, value in fields.items()}, **{'learning_rate': 0.1})
-    config.optimizer.whitening_bias_epochs = 0.2  # two steps of ten
-    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    config.schedule.name, config.num_epochs = 'linear', 2
+    config.optimizer.whitening_bias_epochs = 1.0  # the first two steps of four
     each = [gradients(params, seed) for seed in range(4)]
-    actual = train(config, jax.tree.map(np.float32, params), each, schedule)
+    actual = train(config, jax.tree.map(np.float32, params), each, steps_per_epoch=2)
 
     momenta = jax.tree.map(np.zeros_like, params)
     for step, now in enumerate(each):

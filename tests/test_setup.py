@@ -1,4 +1,4 @@
-"""What runs share: one compilation for all seeds."""
+"""What runs share: one compilation for all seeds and learning rates."""
 
 import logging
 
@@ -26,20 +26,23 @@ def compilations(caplog):
     return lambda: [record.message for record in caplog.records if 'Finished XLA compilation' in record.message]
 
 
-def test_seeds_share_compiled_programs_and_nothing_else(small_config, compilations):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_variants_share_compiled_programs_and_nothing_else(optimizer, small_config, compilations):
     """With 2**32 - 1, the largest seed: more than an int32 holds."""
+    small_config.optimizer.name = optimizer
     small_config.dropout_rate = 0.3
     small_config.augment.random_mirror = True
     first = set_up(small_config)
     one = train_two_steps(first)
     before = len(compilations())
     assert before >= 2  # the initial state, the step
-    second = first.with_seed(2**32 - 1)
+    second = first.variant(seed=2**32 - 1, learning_rate=0.02)
     two = train_two_steps(second)
     assert compilations()[before:] == []
     assert (first.config.seed, second.config.seed) == (0, 2**32 - 1)
+    assert float(second.schedule(0)) == pytest.approx(0.02)
 
-    small_config.seed = 2**32 - 1
+    small_config.seed, small_config.learning_rate = 2**32 - 1, 0.02
     alone = train_two_steps(set_up(small_config))
     for left, right, other in zip(*map(jax.tree.leaves, (two.params, alone.params, one.params)), strict=True):
         np.testing.assert_array_equal(left, right)

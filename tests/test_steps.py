@@ -35,17 +35,24 @@ def make_model(dropout_rate=0.0, name='cnn', **options):
 
 
 def train(
-    split, *, model, num_devices, steps_per_call=1, num_steps=10, augmentation=None, optimizer=None, accumulate_steps=1
+    split,
+    *,
+    model,
+    num_devices,
+    steps_per_call=1,
+    num_steps=10,
+    augmentation=None,
+    learning_rate=0.05,
+    accumulate_steps=1,
 ):
     """Trains from the same start; returns the state and the loss of every step."""
-    optimizer = optimizer or optax.sgd(0.05)
     devices = jax.devices()[:num_devices]
-    state = steps.create_state(model, optimizer, (8, 8, 3), NUM_CLASSES, seed=3)
+    state = steps.create_state(model, optax.sgd(learning_rate), (8, 8, 3), NUM_CLASSES, seed=3)
     state = jax.device_put(state, steps.replicated(devices))
     images, labels = data.place(split, steps.replicated(devices))
     train_step = steps.make_train_step(
         model=model,
-        optimizer=optimizer,
+        make_optimizer=optax.sgd,
         augmentation=augmentation,
         mean=MEAN,
         std=STD,
@@ -56,7 +63,7 @@ def train(
     batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), BATCH_SIZE, num_devices)[:num_steps]
     totals = [0.0]
     for indices in steps.calls(batches, 0, steps_per_call):
-        state, sums = train_step(np.uint32(3), state, images, labels, indices)
+        state, sums = train_step(np.uint32(3), np.float32(learning_rate), state, images, labels, indices)
         totals.append(float(sums.loss.total))
     return state, np.diff(totals) / BATCH_SIZE
 
@@ -94,7 +101,7 @@ def test_augmentation_differs_between_examples_and_steps(split):
     def augmentation(key, image):
         return image * jax.random.uniform(key)
 
-    _, losses = train(same, model=make_model(), num_devices=1, augmentation=augmentation, optimizer=optax.sgd(0.0))
+    _, losses = train(same, model=make_model(), num_devices=1, augmentation=augmentation, learning_rate=0.0)
     assert len(np.unique(losses)) == 10
 
 
@@ -133,9 +140,9 @@ def test_dropout_differs_between_steps_and_devices(split):
     """With a learning rate of zero and one batch again and again, only the masks move the loss."""
     model = make_model(dropout_rate=0.5)
     first = data.Split(split.images[np.arange(NUM_EXAMPLES) % 2], split.labels[np.arange(NUM_EXAMPLES) % 2])
-    _, losses = train(first, model=model, num_devices=1, optimizer=optax.sgd(0.0))
+    _, losses = train(first, model=model, num_devices=1, learning_rate=0.0)
     assert len(np.unique(losses)) == 10
-    _, losses_of_two = train(first, model=model, num_devices=2, optimizer=optax.sgd(0.0))
+    _, losses_of_two = train(first, model=model, num_devices=2, learning_rate=0.0)
     assert not np.array_equal(losses, losses_of_two)
 
 
@@ -150,7 +157,7 @@ def test_gradient_is_that_of_the_mean_loss_of_the_whole_batch(split):
         return cross_entropy(logits, split.labels[indices]).mean()
 
     expected = jax.tree.map(jnp.subtract, state.params, jax.grad(loss)(state.params))
-    trained, losses = train(split, model=model, num_devices=2, num_steps=1, optimizer=optax.sgd(1.0))
+    trained, losses = train(split, model=model, num_devices=2, num_steps=1, learning_rate=1.0)
     assert_trees_close(trained.params, expected, 1e-5)
     assert losses[0] == pytest.approx(float(loss(state.params)), rel=1e-5)
 
@@ -168,13 +175,13 @@ def test_batch_statistics_are_averaged_over_the_devices(split):
 
 def test_the_state_is_freed_and_the_sums_are_not(split):
     devices = jax.devices()[:1]
-    model, optimizer = make_model(), optax.sgd(0.1)
+    model = make_model()
     state = jax.device_put(
-        steps.create_state(model, optimizer, (8, 8, 3), NUM_CLASSES, seed=0), steps.replicated(devices)
+        steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=0), steps.replicated(devices)
     )
     train_step = steps.make_train_step(
         model=model,
-        optimizer=optimizer,
+        make_optimizer=optax.sgd,
         augmentation=None,
         mean=MEAN,
         std=STD,
@@ -183,8 +190,8 @@ def test_the_state_is_freed_and_the_sums_are_not(split):
     )
     placed = data.place(split, steps.replicated(devices))
     indices = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
-    after, sums = train_step(np.uint32(0), state, *placed, indices)
-    train_step(np.uint32(0), after, *placed, indices)
+    after, sums = train_step(np.uint32(0), np.float32(0.1), state, *placed, indices)
+    train_step(np.uint32(0), np.float32(0.1), after, *placed, indices)
     assert jax.tree.leaves(state.params)[0].is_deleted()
     assert int(sums.loss.count) == 8
 
@@ -223,7 +230,7 @@ def test_calls_cover_the_steps_that_are_left():
 
 
 def test_initial_state_depends_on_the_seed_alone():
-    model, optimizer = make_model(), optax.sgd(0.1)
-    a, b, c = (steps.create_state(model, optimizer, (8, 8, 3), NUM_CLASSES, seed=seed) for seed in (0, 0, 1))
+    model = make_model()
+    a, b, c = (steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=seed) for seed in (0, 0, 1))
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, a.params, b.params)))
     assert not jnp.array_equal(a.params['Conv_0']['kernel'], c.params['Conv_0']['kernel'])
