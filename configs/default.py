@@ -13,9 +13,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # initialisation, order of the epochs, augmentation and dropout all derive from it
 
     # Data
-    config.dataset = (
-        'cifar10'  # 'digits' (embedded), 'folder:PATH', or a TFDS dataset with `image` and `label` of one size
-    )
+    config.dataset = 'cifar10'  # 'digits' (embedded), 'folder:PATH', or the name of a TFDS dataset
     config.splits = ConfigDict()  # TFDS slices; must be disjoint
     config.splits.train = 'train[:80%]'  # CIFAR-10: train[:40000]
     config.splits.validation = 'train[80%:]'  # CIFAR-10: train[40000:]; '' is none: the last checkpoint is tested

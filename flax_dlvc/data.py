@@ -87,7 +87,8 @@ def load(config: ConfigDict) -> Dataset:
 
     Raises:
         ConfigError: unknown or unprepared dataset, a slice that is malformed, empty or overlaps another, images of
-            mixed sizes, labels outside the classes, or a config that does not fit the data.
+            mixed sizes, labels outside the classes, an own validation split that is left out, or a config that does not
+            fit the data.
     """
     source = _open(config.dataset)
     specs = {split: config.splits[split] for split in ('train', 'validation', 'test')}
@@ -96,6 +97,7 @@ def load(config: ConfigDict) -> Dataset:
         for split, spec in specs.items()
     }
     _check_disjoint(slices)
+    _check_validation(source, slices)
     splits = {split: _take(source, ranges) for split, ranges in slices.items() if ranges}
     train = splits['train']
     splits.setdefault('validation', Split(train.images[:0], train.labels[:0]))
@@ -180,6 +182,16 @@ def _check_disjoint(slices: dict[str, list[tuple[str, int, int]]]) -> None:
             raise ConfigError(f'splits.{split} and splits.{next_split} share examples of {base!r}; make them disjoint')
 
 
+def _check_validation(source: '_Digits | Folder | _Tfds', slices: dict[str, list[tuple[str, int, int]]]) -> None:
+    """A validation split that somebody made is there to be used, unless no validation is asked for."""
+    used = {base for ranges in slices.values() for base, _, _ in ranges}
+    if 'validation' in source.sizes and 'validation' not in used and slices['validation']:
+        raise ConfigError(
+            'the dataset has a validation split of its own; to use it, say '
+            '--config.splits.train=train --config.splits.validation=validation'
+        )
+
+
 def _take(source: '_Digits | Folder | _Tfds', ranges: list[tuple[str, int, int]]) -> Split:
     parts = []
     for base, start, stop in ranges:
@@ -196,7 +208,8 @@ def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
         raise ConfigError(f'{dataset.name}: the splits hold images of different sizes')
     if config.batch_size > len(dataset.train):
         raise ConfigError(
-            f'batch_size {config.batch_size} is larger than the training split of {len(dataset.train)} examples'
+            f'batch_size {config.batch_size} is larger than the training split of {len(dataset.train)} examples; '
+            'set --config.batch_size'
         )
     if config.model.name == 'vit' and (height % config.model.patch_size or width % config.model.patch_size):
         raise ConfigError(f'model.patch_size {config.model.patch_size} does not divide the {height}x{width} images')
@@ -261,7 +274,7 @@ class _Tfds:
         except (OSError, ParseError, tfds.core.dataset_info.DatasetInfoFileError) as error:
             raise ConfigError(f'{name} is damaged in {tfds.core.constants.DATA_DIR}: {error}') from error
         except (tfds.core.DatasetNotFoundError, AssertionError, ValueError, ImportError) as error:
-            raise ConfigError(f"dataset {name!r} is neither 'digits' nor a TFDS dataset") from error
+            raise ConfigError(f"dataset {name!r} is neither 'digits', folder:PATH nor a TFDS dataset") from error
         self._name = name
         info = self._builder.info
         if not info.splits:
@@ -290,8 +303,6 @@ class _Tfds:
         from PIL import UnidentifiedImageError
 
         source, size = self._builder.data_path, self.sizes[split]
-        if size == 0:
-            raise ConfigError(f'{self._name}: split {split!r} is empty')
         try:
             examples = self._builder.as_data_source(split)
             shape = examples[0]['image'].shape

@@ -88,6 +88,7 @@ def write(
     from rich.console import Console
     from rich.progress import Progress
 
+    console = Console(stderr=True)
     images = np.lib.format.open_memmap(building / 'images.npy', 'w+', np.uint8, (size, *shape))
     labels = np.zeros(size, np.int32)
 
@@ -98,7 +99,7 @@ def write(
 
     chunks = [range(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
     with (
-        Progress(console=Console(stderr=True), transient=True) as progress,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
         ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
     ):
         task = progress.add_task(f'decoding {what}', total=size)

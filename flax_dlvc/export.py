@@ -21,6 +21,7 @@ from flax_dlvc.setup import Setup
 from flax_dlvc.transfer import load_trained
 
 PLATFORMS = ('cpu', 'cuda')
+WRITING = '.writing'  # folder inside `out` where the files lie until both are whole
 
 
 def inference_function(setup: Setup, variables: Any) -> jax.export.Exported:
@@ -54,7 +55,7 @@ def export(workdir: Path, which: str, out: Path) -> None:
     """
     try:
         is_new = not out.exists()
-        if not is_new and not (out.is_dir() and not any(out.iterdir())):
+        if not is_new and not _is_free(out):
             raise ConfigError(f'{out} is there already; choose another --out')
     except OSError as error:
         raise ConfigError(f'cannot read {out}: {error.strerror}; choose another --out') from error
@@ -69,17 +70,29 @@ def export(workdir: Path, which: str, out: Path) -> None:
         'config_name': setup.config.name,
     }
     program = inference_function(setup, jax.device_get(variables)).serialize()
-    writing = out / '.writing'  # an empty `out` may be where the user stands, so it is filled, not replaced
+    writing = out / WRITING  # an empty `out` may be where the user stands, so it is filled, not replaced
     try:
+        if writing.exists():
+            shutil.rmtree(writing)
         writing.mkdir(parents=True)
         (writing / 'model.jax').write_bytes(program)
         (writing / 'model.json').write_text(json.dumps(description, indent=2) + '\n')
         for path in writing.iterdir():
             path.replace(out / path.name)
         writing.rmdir()
-    except OSError as error:
+    except BaseException as error:  # signals too
         shutil.rmtree(out if is_new else writing, ignore_errors=True)
-        raise StorageError(f'cannot write {out}: {error.strerror}; choose another --out') from error
+        if isinstance(error, OSError):
+            raise StorageError(f'cannot write {out}: {error.strerror}; choose another --out') from error
+        raise
+
+
+def _is_free(out: Path) -> bool:
+    """Whether a directory is empty, or holds only what an export that was killed has left."""
+    if not out.is_dir():
+        return False
+    names = {path.name for path in out.iterdir()}
+    return not names or (WRITING in names and names <= {WRITING, 'model.jax', 'model.json'})
 
 
 def main(argv: list[str]) -> None:

@@ -27,12 +27,12 @@ class Folder:
     """Split sizes, class names (those of the folders, sorted), and `read(split)`.
 
     The examples of a split stand in an order in which every leading share holds the classes in the same proportions.
-    Without splits of its own, the folder's last fifth in that order is the test split, the rest is for training. The
-    order is that of the hashes of the files' names: the same everywhere, and hardly another for a file more.
+    Without splits of its own, a fifth of each class, at least one image, is the test split, the rest is for training.
+    The order is that of the hashes of the files' names: the same everywhere, and hardly another for a file more.
 
     Raises:
-        ConfigError: no such folder, fewer than two classes, an empty class, splits of different classes, or a folder
-            or image in a place where it would not be used.
+        ConfigError: no such folder, fewer than two classes, a class without images or with too few for a test split,
+            splits of different classes, or a folder or image in a place where it would not be used.
     """
 
     def __init__(self, path: Path):
@@ -44,9 +44,7 @@ class Folder:
             else:
                 classes = _list_classes(self._path)
                 self.class_names = tuple(classes)
-                examples = _in_order(classes)
-                num_train = len(examples) - max(1, round(TEST_SHARE * len(examples)))
-                files = {'train': examples[:num_train], 'test': examples[num_train:]}
+                files = self._cut_off_test(classes)
         except OSError as error:
             raise ConfigError(f'cannot read {error.filename or self._path}: {error.strerror}') from error
         self.sizes = {split: len(examples) for split, examples in files.items()}
@@ -64,14 +62,22 @@ class Folder:
                 raise ConfigError(f'{self._path}: train and {split} hold different classes: {", ".join(differing)}')
         return class_names, {split: _in_order(classes) for split, classes in splits.items()}
 
+    def _cut_off_test(self, classes: dict[str, list[Path]]) -> dict[str, list[tuple[Path, int]]]:
+        """The last of each class are for testing, so that every class is tested."""
+        train, test = {}, {}
+        for name, files in classes.items():
+            if len(files) == 1:
+                raise ConfigError(f'{self._path / name} has one image, but training and test need one each; add some')
+            num_test = max(1, round(TEST_SHARE * len(files)))
+            train[name], test[name] = files[:-num_test], files[-num_test:]
+        return {'train': _in_order(train), 'test': _in_order(test)}
+
     def read(self, split: str) -> Split:
         """The examples of a split, mapped; the first time all of the folder is decoded."""
-        start = 0
-        for name, size in self.sizes.items():
-            if name == split:
-                return Split(self._examples.images[start : start + size], self._examples.labels[start : start + size])
-            start += size
-        raise KeyError(split)
+        names = list(self.sizes)
+        start = sum(self.sizes[name] for name in names[: names.index(split)])
+        stop = start + self.sizes[split]
+        return Split(self._examples.images[start:stop], self._examples.labels[start:stop])
 
     @cached_property
     def _examples(self) -> Split:
@@ -113,18 +119,20 @@ def _list_folders(path: Path) -> dict[str, Path]:
 
 
 def _list_classes(path: Path) -> dict[str, list[Path]]:
-    """The files of each class, at any depth below its folder."""
-    classes = {
-        name: sorted(
+    """The files of each class, at any depth below its folder, in the order of their names' hashes."""
+    classes = {}
+    for name, folder in _list_folders(path).items():
+        files = [
             file
             for file in folder.rglob('*')
             if file.is_file() and not any(part.startswith('.') for part in file.relative_to(folder).parts)
-        )
-        for name, folder in _list_folders(path).items()
-    }
-    for name, files in classes.items():
+        ]
         if not files:
-            raise ConfigError(f'{path / name} is a class without images; fill it or take it away')
+            raise ConfigError(f'{folder} is a class without images; fill it or take it away')
+        classes[name] = [
+            file
+            for _, file in sorted((hashlib.sha256(f'{name}/{file.name}'.encode()).digest(), file) for file in files)
+        ]
     if len(classes) < 2:
         raise ConfigError(f'{path} needs a folder for each of at least two classes; it has {len(classes)}')
     loose = [file for file in find_images([str(path)]) if file.parent == path]
@@ -136,7 +144,6 @@ def _list_classes(path: Path) -> dict[str, list[Path]]:
 def _in_order(classes: dict[str, list[Path]]) -> list[tuple[Path, int]]:
     """Files and their labels such that every leading share holds each class in proportion, within an example or so."""
     places = []
-    for label, (name, files) in enumerate(classes.items()):
-        shuffled = sorted(files, key=lambda file: hashlib.sha256(f'{name}/{file.name}'.encode()).digest())
-        places += [((rank + 0.5) / len(files), label, file) for rank, file in enumerate(shuffled)]
+    for label, files in enumerate(classes.values()):
+        places += [((rank + 0.5) / len(files), label, file) for rank, file in enumerate(files)]
     return [(file, label) for _, label, file in sorted(places)]

@@ -228,15 +228,16 @@ def test_evaluation_batches_hold_every_example_once(num_examples, batch_size, nu
 # TFDS
 
 
-def write_prepared(data_dir, splits, name='tiny', version='1.0.0', num_classes=10):
+def write_prepared(data_dir, splits, name='tiny', version='1.0.0', num_classes=10, features=None):
     """Writes what TFDS would, without its builder: a features.json, a dataset_info.json, an ArrayRecord per split."""
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
     from PIL import Image
 
-    features = tfds.features.FeaturesDict(
+    channels = splits['train'][0][0].shape[-1]
+    features = features or tfds.features.FeaturesDict(
         {
-            'image': tfds.features.Image(shape=(None, None, 3)),
+            'image': tfds.features.Image(shape=(None, None, channels)),
             'label': tfds.features.ClassLabel(names=[f'class {number}' for number in range(num_classes)]),
         }
     )
@@ -251,7 +252,9 @@ def write_prepared(data_dir, splits, name='tiny', version='1.0.0', num_classes=1
             str(template.sharded_filepath(shard_index=0, num_shards=1)), 'group_size:1'
         )
         for image, label in zip(images, labels, strict=True):
-            writer.write(features.serialize_example({'image': Image.fromarray(image), 'label': int(label)}))
+            pixels = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+            example = {'id': f'{split}_{label}', 'image': pixels, 'label': int(label), 'coarse_label': int(label) % 20}
+            writer.write(features.serialize_example({key: example[key] for key in features}))
         writer.close()
         infos.append(tfds.core.SplitInfo(split, [len(labels)], 0, filename_template=template))
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -286,6 +289,20 @@ def tfds_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / 'tfds'))
     monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', str(tmp_path / 'cache'))
     return tmp_path / 'tfds'
+
+
+def write_known(data_dir, name, sizes):
+    """Writes a dataset that TFDS knows, with its features and random examples, and returns these."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name)
+    features = builder.info.features
+    if name == 'cifar100':  # its builder names them while it prepares
+        features['label'].names = [f'fine {number}' for number in range(100)]
+        features['coarse_label'].names = [f'coarse {number}' for number in range(20)]
+    splits = make_examples(0, sizes, features['image'].shape)
+    write_prepared(data_dir, splits, name, str(builder.version), features=features)
+    return splits
 
 
 @pytest.fixture
@@ -443,6 +460,11 @@ def test_decoding_that_is_interrupted_leaves_nothing(prepared, monkeypatch):
     assert_holds(load_tiny(), splits)
 
 
+def test_a_cache_that_is_damaged_while_it_is_written(prepared, monkeypatch):
+    monkeypatch.setattr(decoded, '_map_arrays', lambda *_: None)
+    refused('changed while it was written; start again', load_tiny)
+
+
 def test_two_processes_at_once(prepared, tfds_environment):
     splits, _ = prepared
     script = """
@@ -489,6 +511,68 @@ def test_cifar10_has_its_own_statistics(tfds_environment):
     assert dataset.std == (0.2470, 0.2435, 0.2616)
 
 
+@pytest.mark.parametrize(
+    ('name', 'shape', 'class_names'),
+    [
+        ('cifar100', (32, 32, 3), [f'fine {number}' for number in range(100)]),
+        ('svhn_cropped', (32, 32, 3), '0123456789'),
+        ('mnist', (28, 28, 1), '0123456789'),
+        (
+            'fashion_mnist',
+            (28, 28, 1),
+            ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'],
+        ),
+    ],
+)
+def test_other_datasets_of_tfds(tfds_environment, name, shape, class_names):
+    splits = write_known(tfds_environment, name, [('train', 150), ('test', 20), ('extra', 30)])
+    dataset = data.load(make_config(dataset=name, batch_size=8))
+    assert_holds(dataset, splits)
+    assert dataset.image_shape == shape and dataset.class_names == tuple(class_names)
+    pixels = splits['train'][0][:120] / 255
+    np.testing.assert_allclose(dataset.mean, pixels.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(dataset.std, pixels.std((0, 1, 2)), rtol=1e-9)
+    more = data.load(make_config(dataset=name, batch_size=8, splits__train='train[:80%]+extra')).train
+    np.testing.assert_array_equal(more.images, np.concatenate([splits['train'][0][:120], splits['extra'][0]]))
+    refused(
+        f'patch_size 5 does not divide the {shape[0]}x{shape[1]} images',
+        data.load,
+        make_config(dataset=name, batch_size=8, model__name='vit', model__patch_size=5),
+    )
+
+
+def test_a_validation_split_is_not_left_out_silently(tfds_environment):
+    splits = make_examples(0, [('train', 700), ('validation', 40), ('test', 30)])
+    write_prepared(tfds_environment, splits)
+    message = refused('has a validation split of its own', load_tiny)
+    assert '--config.splits.train=train --config.splits.validation=validation' in message
+    dataset = load_tiny(splits__train='train', splits__validation='validation')
+    np.testing.assert_array_equal(dataset.train.images, splits['train'][0])
+    np.testing.assert_array_equal(dataset.validation.images, splits['validation'][0])
+    load_tiny(splits__test='validation')
+    load_tiny(splits__train='train', splits__validation='')
+
+
+def test_an_empty_split(tfds_environment):
+    write_prepared(tfds_environment, make_examples(0, [('train', 700), ('test', 0)]))
+    refused("'test' holds no examples; test has 0", load_tiny)
+
+
+def test_a_dataset_without_class_labels(tfds_environment):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(6, 4, 3)), 'label': np.int64})
+    write_prepared(tfds_environment, make_examples(0), features=features)
+    refused("tiny has no 'image' with a class 'label'", load_tiny)
+
+
+def test_another_file_format(prepared):
+    _, directory = prepared
+    info = directory / 'dataset_info.json'
+    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    refused('tiny is not prepared as ArrayRecord files', load_tiny)
+
+
 def test_images_of_mixed_sizes(tfds_environment):
     splits = make_examples(0)
     images, labels = splits['train']
@@ -520,7 +604,7 @@ def test_labels_outside_the_classes(tfds_environment, monkeypatch, label):
 @pytest.mark.parametrize('name', ['', ' ', 'nope', 'nope/nope', '../tiny', 'cifar10/nope', 'cifar10:9.9.9', 'a\nb'])
 def test_unknown_dataset(tfds_environment, name):
     message = ' '.join(str(refused_any(name)).split())
-    assert "neither 'digits' nor a TFDS dataset" in message
+    assert "neither 'digits', folder:PATH nor a TFDS dataset" in message
 
 
 def refused_any(name):

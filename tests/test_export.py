@@ -17,6 +17,7 @@ from PIL import Image
 from configs import cnn, resnet18, vit
 from flax_dlvc import export, predict
 from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc.images import read_image
 from flax_dlvc.setup import set_up
 from flax_dlvc.transfer import load_trained, save_as_run
 
@@ -67,20 +68,18 @@ def test_readme_script_runs_without_this_package(workdir, tmp_path):
     export.export(workdir, 'best', tmp_path / 'exported')
     setup, variables = load_trained(workdir)
     shape = setup.dataset.image_shape
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    Image.fromarray(pixels.squeeze()).save(tmp_path / 'photo.png')
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'photo.png')
+    image = read_image(tmp_path / 'photo.png', shape)  # as `predict` sees it
     (script,) = re.findall(r'```python\n(import json.*?jax\.export.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert len(script.splitlines()) <= 10
-    mode = {1: 'L', 3: 'RGB'}[shape[2]]
-    assert "convert('RGB')" in script
-    script = script.replace("convert('RGB')", f"convert('{mode}')")
     blocked = f'import sys; sys.modules["flax_dlvc"] = None\n{script}'
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'JAX_PLATFORMS': 'cpu'}
     done = subprocess.run(
         [sys.executable, '-c', blocked], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    scores = predict.probabilities(setup.model, variables, pixels[None], mean=setup.dataset.mean, std=setup.dataset.std)
+    scores = predict.probabilities(setup.model, variables, image[None], mean=setup.dataset.mean, std=setup.dataset.std)
     name, probability = done.stdout.split()
     assert int(name) == int(np.argmax(scores))
     assert float(probability) == pytest.approx(float(np.max(scores)), abs=1e-3)
@@ -101,6 +100,28 @@ def test_out_may_be_the_empty_directory_one_stands_in(workdir, tmp_path, monkeyp
     export.main(['', '--workdir', str(workdir), '--out', '.'])
     assert 'model.jax' in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ['model.jax', 'model.json']
+
+
+def test_what_a_killed_export_left_is_cleared_away(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, 'inference_function', lambda *_: types.SimpleNamespace(serialize=lambda: b'whole'))
+    (tmp_path / '.writing').mkdir()
+    (tmp_path / '.writing' / 'model.json').write_text('{')
+    (tmp_path / 'model.jax').write_bytes(b'of the killed one')
+    (tmp_path / 'mine').write_text('here')
+    with pytest.raises(ConfigError, match='is there already'):
+        export.export(workdir, 'best', tmp_path)
+    (tmp_path / 'mine').unlink()
+    export.export(workdir, 'best', tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['model.jax', 'model.json']
+    assert (tmp_path / 'model.jax').read_bytes() == b'whole'
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tmp_path), 'write_bytes', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(workdir, 'best', tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
 
 
 def test_an_out_that_cannot_be_read_or_written(workdir, tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_data import write_known
 
 from configs import default
-from flax_dlvc import data, decoded
+from flax_dlvc import data, decoded, main
 from flax_dlvc.errors import ConfigError
+from flax_dlvc.folder import Folder
 from flax_dlvc.images import read_image
 
 COLORS = {'blue': (0, 0, 200), 'green': (0, 200, 0), 'red': (200, 0, 0)}
@@ -35,9 +37,9 @@ def load(folder, **splits):
     return data.load(config)
 
 
-def refused(folder, match):
+def refused(folder, match, **splits):
     with pytest.raises(ConfigError, match=match) as caught:
-        load(folder)
+        load(folder, **splits)
     assert '\n' not in str(caught.value)
 
 
@@ -73,6 +75,7 @@ def test_a_folder_per_class_is_split_in_proportion_each_file_once(tmp_path):
 def test_given_splits_are_kept_and_grey_files_have_one_channel(tmp_path):
     for split, count in (('train', 5), ('validation', 3), ('test', 2)):
         write_images(tmp_path / 'own' / split, ('red', 'blue'), count, mode='L')
+    refused(tmp_path / 'own', 'say --config.splits.train=train --config.splits.validation=validation')
     dataset = load(tmp_path / 'own', train='train', validation='validation')
     assert dataset.image_shape == (32, 32, 1) and len(dataset.mean) == 1
     assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [10, 6, 4]
@@ -87,6 +90,23 @@ def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     for path in (folder / 'red').iterdir():
         Image.new('RGB', (9, 9)).save(path)
     assert not np.array_equal(load(folder).train.images, before)
+
+
+def test_every_class_is_trained_on_and_tested(tmp_path):
+    folder = write_images(tmp_path / 'own', ['red', 'green'], 23)
+    write_images(folder, ['blue'], 2)
+    dataset = load(folder, train='train', validation='')
+    assert np.bincount(dataset.train.labels).tolist() == [1, 18, 18]
+    assert np.bincount(dataset.test.labels).tolist() == [1, 5, 5]
+    (folder / 'blue' / '0.jpg').unlink()
+    refused(folder, 'blue has one image, but training and test need one each')
+
+
+def test_a_file_that_goes_away_meanwhile(tmp_path):
+    folder = Folder(write_images(tmp_path / 'own', ['red', 'blue']))
+    (tmp_path / 'own' / 'red' / '1.png').unlink()
+    with pytest.raises(ConfigError, match=r'cannot read .*red/1\.png: No such file'):
+        folder.read('train')
 
 
 def test_what_is_refused(tmp_path):
@@ -114,19 +134,16 @@ def test_what_is_refused(tmp_path):
     refused(split, 'val is beside a folder train')
 
 
-def test_train_predict_export_and_fine_tune_on_own_images(tmp_path, command):
+def test_train_predict_and_export_on_own_images(tmp_path, command):
     folder = write_images(tmp_path / 'own')
     tiny = ['--config', ROOT / 'configs' / 'cnn.py', '--config.num_epochs=1', '--config.batch_size=4']
     first = ('main', *tiny, f'--config.dataset=folder:{folder}', '--workdir', tmp_path / 'run')
     explained = ('--explain', tmp_path / 'explained', '--json', folder / 'red')
-    two = write_images(tmp_path / 'two', ['red', 'blue'])
-    tune = (f'--config.dataset=folder:{two}', f'--config.init_from={tmp_path / "run"}', '--workdir', tmp_path / 'tuned')
     outputs = []
     for arguments in (
         first,
         ('predict', '--workdir', tmp_path / 'run', *explained),
         ('export', '--workdir', tmp_path / 'run', '--out', tmp_path / 'exported'),
-        ('main', *tiny, *tune),
     ):
         done = command(*arguments, FLAX_DLVC_CACHE_DIR=os.environ['FLAX_DLVC_CACHE_DIR'])
         assert done.returncode == 0, done.stderr
@@ -136,4 +153,32 @@ def test_train_predict_export_and_fine_tune_on_own_images(tmp_path, command):
     assert {entry['class'] for entry in records[0]['predictions']} == set(COLORS)
     about = json.loads((tmp_path / 'exported' / 'model.json').read_text())
     assert about['class_names'] == sorted(COLORS) and about['input']['shape'] == ['batch', 32, 32, 3]
-    assert 'initialised anew: Dense_1/bias, Dense_1/kernel' in ' '.join(outputs[3].split())
+    (folder / 'red' / 'notes.txt').write_text('words')
+    done = command('main', *tiny, f'--config.dataset=folder:{folder}', '--workdir', tmp_path / 'new')
+    assert (done.returncode, done.stdout) == (2, '') and not (tmp_path / 'new').exists()
+    assert done.stderr.startswith(f'error: {folder}/red/notes.txt is no image') and done.stderr.count('\n') == 1
+
+
+def test_one_channel_fashion_mnist_then_a_folder_of_grey_images(tmp_path, monkeypatch, capsys):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / 'tfds'))
+    write_known(tmp_path / 'tfds', 'fashion_mnist', [('train', 50), ('test', 10)])
+    folder = write_images(tmp_path / 'own', mode='L')
+    flags = ['--config', str(ROOT / 'configs' / 'cnn.py'), '--config.num_epochs=1', '--config.num_devices=1']
+    flags += ['--config.batch_size=8']
+
+    def train(workdir, *fields):
+        main.main(['main', *flags, '--workdir', str(workdir), *fields])
+        return json.loads((workdir / 'result.json').read_text()), json.loads((workdir / 'dataset.json').read_text())
+
+    result, dataset = train(tmp_path / 'fashion', '--config.dataset=fashion_mnist')
+    assert result['test']['num_examples'] == 10 and np.isfinite(result['test']['cross_entropy'])
+    assert dataset['image_shape'] == [28, 28, 1] and dataset['class_names'][0] == 'T-shirt/top'
+    capsys.readouterr()
+    init_from = f'--config.init_from={tmp_path / "fashion"}'
+    result, dataset = train(tmp_path / 'grey', f'--config.dataset=folder:{folder}', init_from)
+    output = ''.join(capsys.readouterr())
+    assert 'initialised anew: Dense_0/kernel, Dense_1/bias, Dense_1/kernel' in ' '.join(output.split())
+    assert result['test']['num_examples'] == 6 and dataset['image_shape'] == [32, 32, 1]
+    assert dataset['class_names'] == sorted(COLORS)

@@ -112,7 +112,7 @@ def test_a_config_file_with_an_error_is_one_line(tmp_path, command, name):
         (['--config.dropout_rate=nan'], 'dropout_rate must be in'),
         (['--nonsense=1'], 'nonsense'),
         (['surplus'], 'surplus'),
-        (['--config.dataset=nonsense'], "'nonsense' is neither 'digits' nor a TFDS dataset"),
+        (['--config.dataset=nonsense'], "'nonsense' is neither 'digits', folder:PATH nor a TFDS dataset"),
         (['--config.splits.validation=train[:30%]'], 'share examples'),
         (['--config.splits.test=test[:0]'], 'holds no examples'),
         (['--config.splits.test=exam'], 'not a slice'),

@@ -1,13 +1,17 @@
-"""What runs share: one compilation for all seeds and learning rates."""
+"""What a config and a dataset become: models that fit the images; one compilation for all seeds and learning rates."""
 
+import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
 from flax_dlvc import data, steps
-from flax_dlvc.setup import set_up
+from flax_dlvc.models import MODELS
+from flax_dlvc.setup import Setup, set_up
 
 
 def train_two_steps(setup):
@@ -47,3 +51,18 @@ def test_variants_share_compiled_programs_and_nothing_else(optimizer, small_conf
     for left, right, other in zip(*map(jax.tree.leaves, (two.params, alone.params, one.params)), strict=True):
         np.testing.assert_array_equal(left, right)
         assert not np.array_equal(left, other)
+
+
+@pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 1)])
+@pytest.mark.parametrize('name', MODELS)
+def test_models_adapt_to_size_channels_and_classes(name, shape):
+    config = default.get_config()
+    config.model.name = name
+    sizes = {'train': 10, 'validation': 0, 'test': 10}
+    description = {'name': 'grey', 'class_names': list('abcdefg'), 'image_shape': shape, 'num_examples': sizes}
+    dataset = data.without_examples(description | {'mean': [0.5], 'std': [0.2]})
+    setup = Setup(config, dataset, jax.local_devices()[:1])
+    images = jax.ShapeDtypeStruct((4, *shape), jnp.float32)
+    apply = functools.partial(setup.model.apply, train=False)
+    logits = jax.eval_shape(apply, setup.abstract_state.variables, images)
+    assert (logits.shape, logits.dtype) == ((4, 7), jnp.float32)
