@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from flax_dlvc import data, decoded, figures
+from flax_dlvc import archive, data, decoded, figures
 from flax_dlvc.errors import ConfigError
 
 CIFAR10 = Path(os.environ.get('TFDS_DATA_DIR', ''), 'cifar10')
@@ -539,6 +539,30 @@ def test_other_datasets_of_tfds(tfds_environment, name, shape, class_names):
         data.load,
         make_config(dataset=name, batch_size=8, model__name='vit', model__patch_size=5),
     )
+
+
+def test_the_first_run_prepares_cifar100(tfds_environment, monkeypatch):
+    written = []
+
+    def prepare(name, data_dir, path):
+        assert (name, data_dir, path) == ('cifar100', tfds_environment, None)
+        written.append(write_known(data_dir, name, [('train', 50), ('test', 20)]))
+
+    monkeypatch.setattr(archive, 'prepare', prepare)
+    for _ in range(2):
+        assert_holds(data.load(make_config(dataset='cifar100', batch_size=8)), written[0])
+    assert len(written) == 1
+
+
+def test_the_command_prepares_from_an_archive(tfds_environment, monkeypatch, capsys):
+    def run(*arguments):
+        data.main(['data', *arguments])
+
+    refused('cannot read the archive nowhere.tar.gz', run, '--dataset', 'cifar10', '--archive', 'nowhere.tar.gz')
+    refused('invalid choice', run, '--dataset', 'mnist')
+    monkeypatch.setattr(archive, 'prepare', lambda name, data_dir, path: data_dir / name / path)
+    run('--dataset', 'cifar100', '--archive', 'official.tar.gz')
+    assert capsys.readouterr().out == f'cifar100 is in {tfds_environment / "cifar100" / "official.tar.gz"}\n'
 
 
 def test_a_validation_split_is_not_left_out_silently(tfds_environment):
