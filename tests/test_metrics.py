@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from flax_dlvc.metrics import ConfusionMatrix, EvaluationSums, Sums, cross_entropy, summarize
+from flax_dlvc.metrics import Calibration, ConfusionMatrix, EvaluationSums, Sums, cross_entropy, summarize
 
 from_model_output = jax.jit(Sums.from_model_output)
 
@@ -151,3 +151,27 @@ def test_calibration_at_the_ends(logit, expected):
     ones = jnp.ones(4, bool)
     sums = EvaluationSums.from_model_output(losses=jnp.zeros(4), logits=logits, labels=labels, mask=ones)
     assert summarize(sums)['expected_calibration_error'] == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_bin_of_confidence_holds_its_own_examples():
+    """Twenty classes, so that the first bin is reached; every bin full, its examples now right and now wrong."""
+    generator = np.random.default_rng(0)
+    confidence = np.append(generator.uniform(0.0501, 0.9999, 400), [1.0] * 3)
+    first = np.log(np.maximum(confidence, 1e-9)) - np.log(np.maximum((1 - confidence) / 19, 1e-12))
+    logits = np.zeros((403, 20), np.float32)
+    logits[:, 7] = first
+    labels = np.where(generator.random(403) < 0.6, 7, 3)
+    mask = generator.random(403) < 0.9
+    sums = Calibration.from_model_output(logits, labels, mask)
+    for low in range(15):
+        inside = mask & (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        assert inside.sum() >= 3
+        assert (sums.counts[low], sums.correct[low]) == (inside.sum(), (inside & (labels == 7)).sum())
+        assert float(sums.confidence[low]) == pytest.approx(confidence[inside].sum(), rel=1e-5)
+    assert sums.counts.shape == sums.correct.shape == sums.confidence.shape == (15,)
+
+
+def test_a_confidence_between_two_bins_belongs_to_the_lower():
+    """Undecided between five classes is 3/15."""
+    sums = Calibration.from_model_output(jnp.zeros((2, 5)), jnp.array([0, 1]), jnp.ones(2, bool))
+    assert np.flatnonzero(sums.counts).tolist() == [2]
