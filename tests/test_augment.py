@@ -1,3 +1,4 @@
+import collections
 from functools import partial
 
 import jax
@@ -7,12 +8,14 @@ import pytest
 from PIL import Image
 
 from configs import default
+from flax_dlvc import augment
 from flax_dlvc.augment import (
     alternating_mirror,
     cutmix,
     cutout,
     evaluation_views,
     make_augmentation,
+    make_mixing,
     mixup,
     random_mirror,
     random_resized_crop,
@@ -109,6 +112,9 @@ def test_area_ratio_and_place_are_uniform():
         (10, 40, (1.0, 1.0), RATIO, (0, 13, 10, 13)),
         (40, 10, (1.0, 1.0), RATIO, (13, 0, 13, 10)),
         (32, 32, (1.0, 1.0), (1.0, 1.0), (0, 0, 32, 32)),
+        (32, 32, (1e-6, 1e-6), RATIO, (0, 0, 32, 32)),  # no try has a pixel
+        (32, 32, (1 / 1024, 1 / 1024), (9.0, 9.0), (14, 0, 4, 32)),  # 3 x 0 pixels
+        (32, 32, (1 / 1024, 1 / 1024), (1 / 9, 1 / 9), (0, 14, 32, 4)),
     ],
 )
 def test_the_largest_centred_crop_where_none_fits(height, width, scale, ratio, expected):
@@ -117,10 +123,23 @@ def test_the_largest_centred_crop_where_none_fits(height, width, scale, ratio, e
         assert sample_crop(jax.random.key(seed), height, width, scale=scale, ratio=ratio) == expected
 
 
-@pytest.mark.parametrize('ratio', [(100.0, 100.0), (0.01, 0.01)])
-def test_a_crop_has_at_least_a_pixel(ratio):
+def test_the_largest_crop_is_taken_after_ten_tries():
+    generator = np.random.default_rng(0)
+    area, aspect = 1024 * generator.uniform(0.95, 1, 300_000), np.exp(np.log(2) * generator.uniform(-1, 1, 300_000))
+    fits = np.maximum(np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))) <= 32
+    crops = sample_crops(32, 32, (0.95, 1.0), (0.5, 2.0))
+    # The whole image is what is left when no try fits; of those that fit, hardly any is as large.
+    whole = np.mean(fits & (np.round(np.sqrt(area * aspect)) == 32) & (np.round(np.sqrt(area / aspect)) == 32))
+    expected = (1 - fits.mean()) ** 10
+    expected += (1 - expected) * whole / fits.mean()
+    assert 0.2 < expected < 0.8
+    assert abs((crops[:, 2:] == 32).all(axis=1).mean() - expected) < 3 * np.sqrt(0.25 / KEYS)
+
+
+@pytest.mark.parametrize(('ratio', 'expected'), [((100.0, 100.0), (1, 32)), ((0.01, 0.01), (32, 1))])
+def test_a_crop_has_at_least_a_pixel(ratio, expected):
     *_, height, width = sample_crop(jax.random.key(0), 32, 32, scale=(1.0, 1.0), ratio=ratio)
-    assert height >= 1 and width >= 1
+    assert (height, width) == expected
 
 
 def pillow_resize(channel, top, left, crop_height, crop_width, out_height, out_width):
@@ -225,6 +244,39 @@ def test_augmentation_crops_as_configured_then_mirrors():
     assert len(seen) > 40  # of 50
 
 
+def test_translation_and_cutout_as_configured_are_independent_and_cutout_comes_last():
+    """An image whose pixels are all different tells where it went; the hole, in the mean, where it was cut."""
+    config = make_config(False, False)
+    config.random_translate, config.cutout = 2, 3
+    augmentation = jax.jit(jax.vmap(make_augmentation(config, MEAN), (0, None)))
+    image = np.arange(1, 8 * 10 + 1, dtype=np.float32).reshape(8, 10, 1).repeat(3, axis=2)
+    images = np.asarray(augmentation(jax.random.split(jax.random.key(0), 1000), image))
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), 'reflect')
+    places = []
+    for actual in images:
+        hole = (actual == np.float32(MEAN)).all(axis=-1)
+        assert hole.sum() == 9
+        top, left = next(
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if (actual == padded[top : top + 8, left : left + 10])[~hole].all()
+        )
+        places.append((top, left, *np.argwhere(hole)[0]))
+    assert [len(np.unique(column)) for column in np.transpose(places)] == [5, 5, 6, 8]
+    assert np.abs(np.corrcoef(np.transpose(places)) - np.eye(4)).max() < 0.15
+
+
+@pytest.mark.parametrize('field', ['random_translate', 'cutout'])
+def test_either_alone_is_an_augmentation(field):
+    config = make_config(False, False)
+    config[field] = 1
+    image = np.random.default_rng(0).uniform(size=(4, 4, 3)).astype(np.float32)
+    augmentation = make_augmentation(config, MEAN)
+    changed = [(np.asarray(augmentation(jax.random.key(seed), image)) != image).any(axis=-1).sum() for seed in range(4)]
+    assert max(changed) == 1 if field == 'cutout' else max(changed) > 4
+
+
 def test_alternating_mirror_shows_every_image_once_each_way():
     images = np.random.default_rng(0).uniform(size=(200, 4, 4, 3)).astype(np.float32)
     mirror = jax.jit(alternating_mirror)
@@ -239,14 +291,15 @@ def test_alternating_mirror_shows_every_image_once_each_way():
     np.testing.assert_array_equal(backwards, epochs[0][::-1])
 
 
-def test_translation_reflects_and_reaches_every_place():
-    image = np.random.default_rng(0).uniform(size=(6, 6, 2)).astype(np.float32)
+def test_translation_reflects_and_reaches_every_place_equally_often():
+    image = np.random.default_rng(0).uniform(size=(6, 5, 2)).astype(np.float32)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), 'reflect')
-    possible = {padded[i : i + 6, j : j + 6].tobytes() for i in range(5) for j in range(5)}
+    possible = [padded[i : i + 6, j : j + 5].tobytes() for i in range(5) for j in range(5)]
     moved = jax.jit(jax.vmap(random_translate, (0, None, None)), static_argnums=2)(
-        jax.random.split(jax.random.key(0), 400), image, 2
+        jax.random.split(jax.random.key(0), 2500), image, 2
     )
-    assert {np.asarray(each).tobytes() for each in moved} == possible and len(possible) == 25
+    places = collections.Counter(possible.index(np.asarray(each).tobytes()) for each in jax.device_get(moved))
+    assert len(places) == 25 and all(abs(count - 100) < 40 for count in places.values())
 
 
 def test_cutout_fills_one_square_with_the_mean():
@@ -262,6 +315,17 @@ def test_cutout_fills_one_square_with_the_mean():
         assert hole.sum() == 9 and np.ptp(rows) == np.ptp(columns) == 2
         corners.add((rows[0], columns[0]))
     assert len(corners) == 36
+
+
+@pytest.mark.parametrize(('size', 'height', 'corners'), [(5, 4, 4), (10, 4, 1), (4, 4, 5), (3, 3, 12)])
+def test_a_square_that_is_larger_than_the_image_fills_it(size, height, corners):
+    """On 4 x 8 pixels: as many rows as there are, and columns from as many places as the square fits in."""
+    image = np.ones((4, 8, 3), np.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    cut = np.asarray(jax.vmap(partial(cutout, size=size, mean=MEAN), (0, None))(keys, image))
+    holes = (cut == np.float32(MEAN)).all(axis=-1)
+    assert (holes.sum(axis=(1, 2)) == height * min(size, 8)).all()
+    assert len({hole.tobytes() for hole in holes}) == corners
 
 
 def test_six_views_are_airbenchs():
@@ -286,20 +350,63 @@ def test_six_views_are_airbenchs():
 
 
 def test_mixup_blends_with_the_image_before():
-    images = np.random.default_rng(0).uniform(size=(50, 4, 4, 3)).astype(np.float32)
-    mixed, share = jax.jit(mixup)(jax.random.key(0), images, 0.8)
+    images = np.random.default_rng(0).uniform(size=(KEYS, 2, 3, 1)).astype(np.float32)
+    mixed, share = jax.jit(mixup, static_argnums=2)(jax.random.key(0), images, 0.4)
     weight = np.asarray(share)[:, None, None, None]
     np.testing.assert_allclose(mixed, weight * images + (1 - weight) * np.roll(images, 1, axis=0), rtol=1e-5, atol=1e-6)
-    assert np.std(share) > 0.2 and np.min(share) >= 0 and np.max(share) <= 1
+    assert_same_distribution(share, np.random.default_rng(0).beta(0.4, 0.4, KEYS))
+
+
+def draw_rectangles(generator, height, width, alpha):
+    """CutMix's rectangles as the paper has them, (KEYS, H, W): pixels whose centres lie in them."""
+    side = np.sqrt(1 - generator.beta(alpha, alpha, KEYS))
+    spans = []
+    for pixels in (height, width):
+        centre = generator.uniform(0, pixels, KEYS)
+        low, high = centre - side * pixels / 2, centre + side * pixels / 2
+        middle = np.arange(pixels) + 0.5
+        spans.append((middle > low[:, None]) & (middle < high[:, None]))
+    return spans[0][:, :, None] & spans[1][:, None, :]
 
 
 def test_cutmix_replaces_a_rectangle_and_its_share_is_that_of_the_pixels():
-    images = np.random.default_rng(0).uniform(size=(50, 16, 16, 3)).astype(np.float32)
-    mixed, share = (np.asarray(each) for each in jax.jit(cutmix)(jax.random.key(0), images, 1.0))
+    height, width = 12, 20
+    images = np.random.default_rng(0).uniform(size=(KEYS, height, width, 1)).astype(np.float32)
+    mixed, share = jax.device_get(jax.jit(cutmix, static_argnums=2)(jax.random.key(0), images, 0.7))
     foreign = (mixed != images).any(axis=-1)
     np.testing.assert_array_equal(mixed, np.where(foreign[..., None], np.roll(images, 1, axis=0), images))
-    np.testing.assert_allclose(share, 1 - foreign.mean(axis=(1, 2)), rtol=1e-5)
-    for part in foreign:
-        rows, columns = part.any(axis=1), part.any(axis=0)
-        np.testing.assert_array_equal(part, rows[:, None] & columns)
-    assert 0.3 < share.mean() < 0.8 and np.std(share) > 0.1
+    np.testing.assert_allclose(share, 1 - foreign.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    rows, columns = foreign.any(axis=2), foreign.any(axis=1)
+    np.testing.assert_array_equal(foreign, rows[:, :, None] & columns[:, None, :])
+
+    expected = draw_rectangles(np.random.default_rng(1), height, width, 0.7)
+    assert_same_distribution(share, 1 - expected.mean(axis=(1, 2)))
+    for actual_span, expected_span in ((rows, expected.any(axis=2)), (columns, expected.any(axis=1))):
+        assert_same_distribution(actual_span.sum(axis=1), expected_span.sum(axis=1))
+        assert_same_distribution(actual_span.argmax(axis=1), expected_span.argmax(axis=1))
+
+
+@pytest.mark.parametrize(('mixup_alpha', 'cutmix_alpha'), [(0.3, 0.0), (0.0, 0.4), (0.3, 0.4)])
+def test_each_batch_is_mixed_as_configured(monkeypatch, mixup_alpha, cutmix_alpha):
+    """With stand-ins whose shares say which one was called, with what alpha, and draw a number with their key."""
+
+    def stand_in(sign):
+        return lambda key, images, alpha: (images + jax.random.uniform(key), jnp.full(2, sign * alpha))
+
+    monkeypatch.setattr(augment, 'mixup', stand_in(1))
+    monkeypatch.setattr(augment, 'cutmix', stand_in(-1))
+    config = make_config(False, False)
+    config.mixup_alpha, config.cutmix_alpha = mixup_alpha, cutmix_alpha
+    mix = jax.jit(jax.vmap(make_mixing(config), (0, None)))
+    images, shares = mix(jax.random.split(jax.random.key(0), 1000), np.zeros((2, 1, 1, 1), np.float32))
+    numbers, shares = np.asarray(images)[:, 0, 0, 0, 0], np.asarray(shares)[:, 0].round(6)
+    expected = [np.float32(alpha) for alpha in (-cutmix_alpha, mixup_alpha) if alpha]
+    kinds, counts = np.unique(shares, return_counts=True)
+    np.testing.assert_allclose(kinds, expected, rtol=1e-5)
+    assert (np.abs(counts - 1000 / len(expected)) < 80).all()
+    for kind in kinds:  # whichever is chosen, its own randomness is not what it was chosen by
+        assert abs(numbers[shares == kind].mean() - 0.5) < 0.07 and abs(numbers[shares == kind].std() - 0.289) < 0.03
+
+
+def test_no_mixing():
+    assert make_mixing(make_config(False, False)) is None

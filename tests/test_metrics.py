@@ -29,7 +29,7 @@ def sum_up(logits, labels, mask=None, losses=None):
     return from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
 
 
-@pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.9])
+@pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.9, 1.0])
 def test_cross_entropy(examples, label_smoothing):
     logits, labels = examples
     targets = np.eye(4)[labels] * (1 - label_smoothing) + label_smoothing / 4
