@@ -18,11 +18,14 @@ from ml_collections import ConfigDict
 if 'FLAX_DLVC_CACHE_DIR' not in os.environ:
     os.environ['FLAX_DLVC_CACHE_DIR'] = tempfile.mkdtemp(prefix='flax_dlvc_tests_')
     atexit.register(shutil.rmtree, os.environ['FLAX_DLVC_CACHE_DIR'], ignore_errors=True)
+# Of small programs, too: hundreds of tests and processes compile the same ones.
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_compilation_cache_dir', str(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled')))
 
 ROOT = Path(__file__).parents[1]
 

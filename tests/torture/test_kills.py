@@ -72,8 +72,7 @@ def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, com
         '--config.early_stopping.patience=0',
         '--config.ema_decay=0.9',
     ]
-    environment = {'JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS': '0'}  # compiles once, not in every life
-    done = command(*arguments, '--workdir', tmp_path / 'whole', **environment)
+    done = command(*arguments, '--workdir', tmp_path / 'whole')
     assert done.returncode == 0, done.stderr
 
     chance = random.Random(model)
@@ -81,7 +80,7 @@ def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, com
     workdir = tmp_path / 'killed'
     while sum(killed.values()) < KILLS // len(FLAGS):
         moment = min(killed, key=killed.get)
-        process = start(*arguments, '--workdir', workdir, **environment)
+        process = start(*arguments, '--workdir', workdir)
         try:
             moment(process, workdir, chance)
             process.send_signal(signal.SIGKILL)
@@ -95,7 +94,7 @@ def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, com
         else:
             killed[moment] += 1
             print(f'{model}: {moment.__name__}, {sorted(path.name for path in workdir.glob("checkpoints/*"))}')
-    done = command(*arguments, '--workdir', workdir, **environment)
+    done = command(*arguments, '--workdir', workdir)
     assert done.returncode == 0, done.stderr
     check(tmp_path / 'whole', workdir)
 
