@@ -44,6 +44,7 @@ def train(
     augmentation=None,
     learning_rate=0.05,
     accumulate_steps=1,
+    mixing=None,
 ):
     """Trains from the same start; returns the state and the loss of every step."""
     devices = jax.devices()[:num_devices]
@@ -58,6 +59,7 @@ def train(
         std=STD,
         label_smoothing=0.0,
         accumulate_steps=accumulate_steps,
+        mixing=mixing,
         devices=devices,
     )
     batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), BATCH_SIZE, num_devices)[:num_steps]
@@ -103,6 +105,28 @@ def test_augmentation_differs_between_examples_and_steps(split):
 
     _, losses = train(same, model=make_model(), num_devices=1, augmentation=augmentation, learning_rate=0.0)
     assert len(np.unique(losses)) == 10
+
+
+def test_labels_are_mixed_as_the_images_are(split):
+    """The loss is that of both labels, each by its share, of images that are mixed before normalisation."""
+
+    def mixing(key, images):
+        share = jnp.linspace(0.1, 1.0, len(images))
+        weight = share[:, None, None, None]
+        return weight * images + (1 - weight) * jnp.roll(images, 1, axis=0), share
+
+    model = make_model()
+    _, losses = train(split, model=model, num_devices=1, num_steps=1, mixing=mixing)
+    indices = data.epoch_order(NUM_EXAMPLES, 3, 1)[:BATCH_SIZE]
+    images, labels, share = split.images[indices] / 255, split.labels[indices], np.linspace(0.1, 1.0, BATCH_SIZE)
+    weight = share[:, None, None, None]
+    images = (weight * images + (1 - weight) * np.roll(images, 1, axis=0) - np.array(MEAN)) / np.array(STD)
+    state = steps.create_state(model, optax.sgd(0.0), (8, 8, 3), NUM_CLASSES, seed=3)
+    logits = np.asarray(model.apply(state.variables, jnp.asarray(images, jnp.float32), train=False), np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    rows = np.arange(BATCH_SIZE)
+    own, other = log_probabilities[rows, labels], log_probabilities[rows, np.roll(labels, 1)]
+    assert losses[0] == pytest.approx(-(share * own + (1 - share) * other).mean(), rel=1e-5)
 
 
 def test_several_steps_in_one_call_are_the_same_steps(split):

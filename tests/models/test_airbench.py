@@ -30,6 +30,26 @@ def test_whitening_by_definition():
     np.testing.assert_allclose(kernel[:, :12], expected * signs, rtol=2e-3, atol=2e-3 * abs(expected).max())
 
 
+def test_ill_conditioned_patches_are_whitened():
+    """Of 5,000 images as photographs are: one float32 sum over all patches is off by more than the least eigenvalue."""
+    noise = np.random.default_rng(0).normal(size=(5000, 19, 19, 3)).astype(np.float32)
+    images = noise.cumsum(axis=1).cumsum(axis=2)[:, 1:, 1:] / 6 + np.float32(0.05) * noise[:, 1:, 1:]
+    images = np.float32(0.95) * images.mean(axis=3, keepdims=True) + np.float32(0.05) * images
+    flat = patches(images, 2)
+    moments = flat.T @ flat / len(flat)
+    eigenvalues, eigenvectors = np.linalg.eigh(moments)
+    assert 0 < eigenvalues[0] < 1e-4 and eigenvalues[-1] > 10
+    for epsilon, tolerance in ((5e-4, 0.01), (1e-7, 0.1)):
+        kernel = jax.jit(whitening_kernel, static_argnums=1)(images, 2, epsilon)
+        kernel = np.asarray(kernel, np.float64).reshape(12, 24)[:, :12]
+        white = kernel.T @ moments @ kernel  # the covariance of the whitened patches
+        np.testing.assert_allclose(white, np.diag(eigenvalues / (eigenvalues + epsilon)), atol=tolerance)
+        # Whatever the signs, and the order within a cluster of eigenvalues.
+        expected = eigenvectors / (eigenvalues + epsilon) @ eigenvectors.T
+        np.testing.assert_allclose(kernel @ kernel.T, expected, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(white, np.eye(12), atol=0.1)
+
+
 def test_whitened_patches_are_uncorrelated_and_the_layer_stays_as_it_was():
     images = smooth_images(50)
     model = create_model('airbench', num_classes=10, dropout_rate=0.0, dtype='float32', widths=(4, 8, 8))

@@ -242,6 +242,17 @@ def test_dropout_depends_on_the_key_and_the_layer_alone():
     assert ((first != 0) != (second != 0)).mean() == pytest.approx(0.5, abs=0.05)
 
 
+def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
+    x = np.random.default_rng(0).normal(size=(20_000, 3, 2)).astype(np.float32)
+    keys = {'dropout': jax.random.key(0)}
+    y = np.asarray(jax.jit(lambda x: layers.StochasticDepth(0.3).apply({}, x, deterministic=False, rngs=keys))(x))
+    dropped = (y == 0).all(axis=(1, 2))
+    assert (dropped == (y == 0).any(axis=(1, 2))).all()  # an example's branch as a whole, or not at all
+    np.testing.assert_allclose(y[~dropped], x[~dropped] / 0.7, rtol=1e-6)
+    assert abs(dropped.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / len(x))
+    np.testing.assert_array_equal(layers.StochasticDepth(0.3).apply({}, x, deterministic=True), x)
+
+
 def test_dropout_gradient_and_type_follow_the_mask():
     x = jnp.ones((32, 32), jnp.bfloat16)
     layer = lambda x: layers.Dropout(0.2).apply({}, x, False, rngs={'dropout': jax.random.key(0)})  # noqa: E731

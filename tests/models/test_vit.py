@@ -99,6 +99,28 @@ def test_parameter_count():
     assert count(shapes) == embedding + 6 * (2 * norm + joint + out + mlp) + norm + (256 + 1) * 10 == 3_195_146
 
 
+def test_convolutional_stem_counts_and_keeps_the_number_of_patches():
+    """Two 3x3 convolutions to 64 and 128 features, a norm after each, one halving; 2x2 patches of 128 features."""
+    x = np.zeros((3, 32, 32, 3), np.float32)
+    model = ViT(num_classes=10, patch_stem='convolutional')
+    shapes = shapes_of(model, x)
+    stem = (27 + 1) * 64 + 2 * 64 + (9 * 64 + 1) * 128 + 2 * 128
+    assert count(shapes) == count(shapes_of(ViT(num_classes=10), x)) - 49 * 256 + stem + (4 * 128 + 1) * 256
+    assert shapes['params']['input_layer']['kernel'].shape == (512, 256)
+    assert shapes['params']['pos_embedding'].shape == (1, 65, 256)
+    assert jax.eval_shape(partial(model.apply, train=False), shapes, x).shape == (3, 10)
+
+
+def test_stochastic_depth_grows_from_the_first_block_to_the_last(variables):
+    """Two blocks: of many examples alike some lose a branch of the second, none one of the first."""
+    images = np.repeat(IMAGES[:1], 64, axis=0)
+    logits = apply(ViT(**SMALL, stochastic_depth_rate=0.5), variables, images, train=True)
+    # Attention kept or not, MLP kept or not, in the last block alone; a first block that dropped made it up to 16.
+    assert len(np.unique(logits.round(3), axis=0)) == 4
+    evaluated = apply(ViT(**SMALL, stochastic_depth_rate=0.5), variables, images)
+    np.testing.assert_array_equal(evaluated, apply(ViT(**SMALL), variables, images))
+
+
 def test_patches_are_rows_first_and_channels_first():
     image = np.arange(4 * 6 * 2).reshape(1, 4, 6, 2)  # value = 12 row + 2 column + channel
     patches = np.asarray(image_to_patches(jnp.asarray(image), 2))
