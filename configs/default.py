@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.augment.random_mirror = False  # left-right, with probability 1/2
     config.augment.alternating_mirror = False  # a random half of the images left-right, the other half an epoch later
     config.augment.random_translate = 0  # pixels, at most, along each axis; the border is reflected
+    config.augment.trivial_augment = False  # one of 14 operations, at random strength, on each image
     config.augment.mixup_alpha = 0.0  # images and labels blended with shares from Beta(alpha, alpha); 0 is off
     config.augment.cutmix_alpha = 0.0  # likewise a rectangle of another image; with both on, a batch draws one
     config.augment.cutout = 0  # pixels, side of the square that is set to the mean; 0 is off

@@ -5,6 +5,7 @@ Shapes: H height, W width, C channels. All functions take one example; steps map
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 Mixing = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
+
+NUM_OPERATIONS, NUM_STRENGTHS = 14, 31  # of TrivialAugment
 
 
 def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation | None:
@@ -39,11 +42,13 @@ def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation
             image = random_mirror(mirror_key, image)
         if config.random_translate:
             image = random_translate(translate_key, image, config.random_translate)
+        if config.trivial_augment:
+            image = trivial_augment(jax.random.fold_in(key, 4), image)
         if config.cutout:
             image = cutout(cutout_key, image, config.cutout, mean)
         return image
 
-    fields = ('random_resized_crop', 'random_mirror', 'random_translate', 'cutout')
+    fields = ('random_resized_crop', 'random_mirror', 'random_translate', 'trivial_augment', 'cutout')
     return augmentation if any(config[field] for field in fields) else None
 
 
@@ -82,6 +87,115 @@ def cutout(key: jax.Array, image: jax.Array, size: int, mean: Sequence[float]) -
     rows, columns = jnp.arange(height) - corner[0], jnp.arange(width) - corner[1]
     inside = ((rows >= 0) & (rows < size))[:, None] & (columns >= 0) & (columns < size)
     return jnp.where(inside[:, :, None], jnp.asarray(mean, image.dtype), image)
+
+
+def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Does one thing to an image (H, W, C), drawn at random like its strength and direction.
+
+    TrivialAugment in its 'wide' space: Müller & Hutter 2021, arXiv:2103.10158.
+    """
+    operation_key, strength_key, sign_key = jax.random.split(key, 3)
+    operation = jax.random.randint(operation_key, (), 0, NUM_OPERATIONS)
+    strength = jax.random.randint(strength_key, (), 0, NUM_STRENGTHS)
+    sign = jax.random.rademacher(sign_key, (), jnp.int32)
+    return apply_operation(jnp.round(image * 255), operation, strength, sign) / 255
+
+
+def apply_operation(image: jax.Array, operation: jax.Array, strength: jax.Array, sign: jax.Array) -> jax.Array:
+    """One operation of TrivialAugment's wide space, with its strengths.
+
+    What Pillow does, which the paper uses; where Pillow cuts a result off to a whole level, ours keeps the fraction.
+
+    Args:
+        image: (H, W, C), whole levels from 0 to 255.
+        operation: place in the list below, from 0 to 13.
+        strength: from 0 to 30.
+        sign: 1 or -1, the direction of a rotation, a shear or a translation.
+    """
+    height, width, _ = image.shape
+    signed = sign * strength
+    unit = 1 << strength * 6 // 30
+    factor = 0.01 + 1.99 * strength / 30
+    angle = jnp.deg2rad(sign * (strength * 135 // 30))
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    left = width / 2 * (1 - cosine) + height / 2 * sine  # so that the centre stays where it is
+    top = height / 2 * (1 - cosine) - width / 2 * sine
+    shear, shift = 0.99 * signed / 30, sign * (strength * 32 // 30)
+    return jax.lax.switch(
+        operation,
+        [
+            lambda: image,
+            lambda: auto_contrast(image),
+            lambda: equalize(image),
+            lambda: jnp.where(image < 256 - strength * 256 // 30, image, 255 - image),  # solarize
+            lambda: jnp.floor(image / unit) * unit,  # posterize: 8 to 2 bits
+            lambda: blend(luminance(image), image, factor),  # color
+            lambda: blend(jnp.floor(luminance(image).mean() + 0.5), image, factor),  # contrast
+            lambda: blend(jnp.zeros_like(image), image, factor),  # brightness
+            lambda: blend(smooth(image), image, factor),  # sharpness
+            lambda: transform(image, (cosine, -sine, left), (sine, cosine, top)),  # rotate
+            lambda: transform(image, (1, shear, 0), (0, 1, 0)),
+            lambda: transform(image, (1, 0, 0), (shear, 1, 0)),
+            lambda: transform(image, (1, 0, shift), (0, 1, 0)),
+            lambda: transform(image, (1, 0, 0), (0, 1, shift)),
+        ],
+    )
+
+
+def auto_contrast(image: jax.Array) -> jax.Array:
+    """Stretches each channel of an image (H, W, C) to reach from 0 to 255."""
+    low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    return jnp.where(high > low, (image - low) * 255 / jnp.maximum(high - low, 1), image)
+
+
+def equalize(image: jax.Array) -> jax.Array:
+    """Makes the levels of each channel of an image (H, W, C) about equally frequent, as Pillow's integers do it."""
+
+    def channel(levels: jax.Array) -> jax.Array:  # (H * W,)
+        counts = jnp.zeros(256, jnp.int32).at[levels].add(1)
+        step = (levels.size - counts[levels.max()]) // 255
+        table = (step // 2 + jnp.cumsum(counts) - counts) // jnp.maximum(step, 1)
+        return jnp.where(step > 0, jnp.minimum(table, 255)[levels], levels)
+
+    levels = image.astype(jnp.int32).reshape(-1, image.shape[-1])
+    return jax.vmap(channel, 1, 1)(levels).reshape(image.shape).astype(image.dtype)
+
+
+def luminance(image: jax.Array) -> jax.Array:
+    """The grey image (H, W, 1) of an image in colour (ITU-R 601-2), in whole levels; of others, the mean channel."""
+    weights = (
+        jnp.array([0.299, 0.587, 0.114]) if image.shape[-1] == 3 else jnp.full(image.shape[-1], 1 / image.shape[-1])
+    )
+    return jnp.floor((image * weights).sum(axis=-1, keepdims=True) + 0.5)
+
+
+def smooth(image: jax.Array) -> jax.Array:
+    """Pillow's smoothing of an image (H, W, C): the middle of 3x3 weighs 5, the others 1; the border is left alone."""
+    height, width, _ = image.shape
+    total = sum(image[row : row + height - 2, column : column + width - 2] for row in range(3) for column in range(3))
+    inner = jnp.floor((total + 4 * image[1:-1, 1:-1]) / 13 + 0.5)
+    return image.at[1:-1, 1:-1].set(inner)
+
+
+def blend(start: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
+    """From `start` to an image (H, W, C) and, for factors over 1, beyond it."""
+    return jnp.clip(start + factor * (image - start), 0, 255)
+
+
+def transform(image: jax.Array, column: Sequence[Any], row: Sequence[Any]) -> jax.Array:
+    """Moves the pixels of an image (H, W, C) by an affine map; what comes in is black.
+
+    Args:
+        image: (H, W, C).
+        column: a, b, c, so that a pixel with its centre at (x, y) shows what was at column a x + b y + c.
+        row: likewise.
+    """
+    height, width, _ = image.shape
+    y, x = jnp.arange(height)[:, None] + 0.5, jnp.arange(width) + 0.5
+    columns, rows = (jnp.floor(a * x + b * y + c).astype(jnp.int32) for a, b, c in (column, row))
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    moved = image[jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)]
+    return jnp.where(inside[:, :, None], moved, 0)
 
 
 def evaluation_views(images: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:

@@ -5,12 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_image
 
 from configs import default
 from flax_dlvc import augment
 from flax_dlvc.augment import (
+    NUM_OPERATIONS,
+    NUM_STRENGTHS,
     alternating_mirror,
+    apply_operation,
     cutmix,
     cutout,
     evaluation_views,
@@ -22,6 +26,7 @@ from flax_dlvc.augment import (
     random_translate,
     resize_weights,
     sample_crop,
+    trivial_augment,
 )
 
 MEAN = (0.5, 0.4, 0.3)
@@ -410,3 +415,98 @@ def test_each_batch_is_mixed_as_configured(monkeypatch, mixup_alpha, cutmix_alph
 
 def test_no_mixing():
     assert make_mixing(make_config(False, False)) is None
+
+
+def pillow_operations(image, strength, sign):
+    """What the operations of TrivialAugment's wide space make of a picture, in the paper's parameters."""
+    shear, shift, factor = sign * strength * 0.99 / 30, sign * int(strength * 32 / 30), 0.01 + strength * 1.99 / 30
+    move = lambda *matrix: image.transform(image.size, Image.Transform.AFFINE, matrix)  # noqa: E731
+    return {
+        'identity': image,
+        'auto_contrast': ImageOps.autocontrast(image),
+        'equalize': ImageOps.equalize(image),
+        'solarize': ImageOps.solarize(image, 256 - int(strength * 256 / 30)),
+        'posterize': ImageOps.posterize(image, 8 - int(strength * 6 / 30)),
+        'color': ImageEnhance.Color(image).enhance(factor),
+        'contrast': ImageEnhance.Contrast(image).enhance(factor),
+        'brightness': ImageEnhance.Brightness(image).enhance(factor),
+        'sharpness': ImageEnhance.Sharpness(image).enhance(factor),
+        'rotate': image.rotate(sign * int(strength * 135 / 30)),
+        'shear_x': move(1, shear, 0, 0, 1, 0),
+        'shear_y': move(1, 0, 0, shear, 1, 0),
+        'translate_x': move(1, 0, shift, 0, 1, 0),
+        'translate_y': move(1, 0, 0, 0, 1, shift),
+    }
+
+
+def between_pixels(name, strength, sign):
+    """Where a pixel of 32x32 is taken from the line between two, so that rounding decides: (H, W) bool."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    angle, shear = np.deg2rad(sign * (strength * 135 // 30)), sign * strength * 0.99 / 30
+    row, column = {
+        'rotate': (np.sin(angle) * x + np.cos(angle) * y, np.cos(angle) * x - np.sin(angle) * y),
+        'shear_x': (y, x + 16 + shear * (y + 16)),
+        'shear_y': (y + 16 + shear * (x + 16), x),
+    }[name]
+    return np.minimum(*(np.abs(each - each.round()) for each in (row, column))) < 1e-3
+
+
+@pytest.fixture(scope='module')
+def photograph():
+    """A part of a real photograph, 32x32; (H, W, C) uint8."""
+    whole = Image.fromarray(load_sample_image('flower.jpg')).crop((200, 100, 500, 400))
+    return np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR))
+
+
+@pytest.fixture(scope='module')
+def all_operations(photograph):
+    """Every operation at every strength in both directions: (14, 31, 2, H, W, C)."""
+    each = apply_operation
+    for axes in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None)):
+        each = jax.vmap(each, axes)
+    numbers = jnp.arange(NUM_OPERATIONS), jnp.arange(NUM_STRENGTHS), jnp.array([1, -1])
+    return np.asarray(jax.jit(each)(jnp.asarray(photograph, jnp.float32), *numbers))
+
+
+def test_operations_are_pillows(photograph, all_operations):
+    """Levels within one, which Pillow cuts off; pixels that are moved are equal, unless from the line between two."""
+    picture = Image.fromarray(photograph)
+    changed = set()
+    for strength in range(NUM_STRENGTHS):
+        for place, sign in enumerate((1, -1)):
+            expected = pillow_operations(picture, strength, sign)
+            for number, (name, result) in enumerate(expected.items()):
+                actual, wanted = all_operations[number, strength, place], np.asarray(result, np.float32)
+                if name in ('rotate', 'shear_x', 'shear_y'):
+                    different = (actual != wanted).any(axis=-1)
+                    assert not (different & ~between_pixels(name, strength, sign)).any(), (name, strength, sign)
+                else:
+                    tolerance = 0 if name in ('identity', 'equalize', 'solarize', 'posterize') else 1
+                    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance + 1e-3, err_msg=name)
+                if np.abs(actual - photograph).max() > 2:
+                    changed.add(name)
+    assert changed == set(expected) - {'identity'}
+
+
+def test_trivial_augment_draws_one_operation_for_each_image(photograph, all_operations):
+    possible = all_operations.reshape(-1, photograph.size) / 255
+    image = jnp.asarray(photograph / 255, jnp.float32)
+    images = jax.jit(jax.vmap(trivial_augment, (0, None)))(jax.random.split(jax.random.key(0), 1000), image)
+    images = np.asarray(images, np.float64).reshape(1000, -1)
+    squares = (images**2).sum(axis=1)[:, None] + (possible.astype(np.float64) ** 2).sum(axis=1)
+    distances = squares - 2 * images @ possible.T.astype(np.float64)
+    assert distances.min(axis=1).max() < 1e-6
+    nearest = distances.argmin(axis=1) // (2 * NUM_STRENGTHS)
+    counts = np.bincount(nearest, minlength=NUM_OPERATIONS)
+    assert counts.min() > 35 and len(np.unique(images.round(4), axis=0)) > 300
+    # Weakest strengths that change nothing count as the first operation's.
+    assert abs(counts[1:9].mean() - 1000 / 14) < 15
+
+
+@pytest.mark.parametrize('shape', [(8, 8, 1), (9, 6, 3)])
+def test_trivial_augment_takes_small_and_grey_images(shape):
+    config = make_config(False, False)
+    config.trivial_augment = True
+    augmentation = jax.jit(jax.vmap(make_augmentation(config, MEAN), (0, None)))
+    images = augmentation(jax.random.split(jax.random.key(0), 200), jnp.full(shape, 0.5))
+    assert images.shape == (200, *shape) and np.isfinite(images).all() and np.min(images) >= 0 and np.max(images) <= 1
