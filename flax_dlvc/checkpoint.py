@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from flax_dlvc.distributed import barrier, is_main
 from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc.profiling import timed
 from flax_dlvc.steps import TrainState
 from flax_dlvc.stopping import Stopping
 
@@ -91,6 +92,7 @@ class Checkpoints:
         sys.unraisablehook = _report_unless_loop_is_closed
         return self
 
+    @timed('saving')
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -112,6 +114,7 @@ class Checkpoints:
         """The training step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
+    @timed('saving')
     def save(self, state: TrainState, progress: Progress) -> None:
         """Saves asynchronously; the state may be freed as soon as this returns.
 
@@ -144,6 +147,7 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
             raise self._storage_error(error) from error
 
+    @timed('saving')
     def wait(self) -> None:
         """Returns when the last save is complete.
 
@@ -155,6 +159,7 @@ class Checkpoints:
         except Exception as error:
             raise self._storage_error(error) from error
 
+    @timed('saving')
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         """Restores the state and the progress of a step.
 
@@ -175,6 +180,7 @@ class Checkpoints:
         except DamagedError as error:
             raise ConfigError(f'{self.directory}: the checkpoint of step {step} {error}') from error
 
+    @timed('saving')
     def restore_latest(self, like: TrainState) -> tuple[TrainState, Progress] | None:
         """Restores the newest checkpoint that is whole; sets newer, damaged ones aside with a warning on stderr.
 

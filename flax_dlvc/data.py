@@ -21,6 +21,7 @@ from flax_dlvc import decoded
 from flax_dlvc.decoded import Split
 from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
 from flax_dlvc.folder import Folder
+from flax_dlvc.profiling import timed
 
 # Per-channel statistics of CIFAR-10's training images in [0, 1], as the report's course handed them out. Other
 # datasets' are computed from their training split.
@@ -77,6 +78,7 @@ def without_examples(description: dict[str, Any]) -> Dataset:
     return Dataset(description['name'], tuple(description['class_names']), mean, std, **splits)
 
 
+@timed('data')
 def load(config: ConfigDict) -> Dataset:
     """Loads the dataset that a config names; CIFAR-10 and CIFAR-100 are prepared first where they are not yet.
 

@@ -15,9 +15,11 @@ from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
 from flax_dlvc.metrics import EvaluationSums, summarize
+from flax_dlvc.profiling import timed
 from flax_dlvc.setup import Setup, set_up
 
 
+@timed('evaluation')
 def evaluate(
     setup: Setup,
     variables: Any,
@@ -45,6 +47,7 @@ def evaluate(
     return summarize(sums)
 
 
+@timed('evaluation')
 def predict(setup: Setup, variables: Any, images: np.ndarray) -> np.ndarray:
     """Probabilities (N, K) float32 of the classes of images (N, H, W, C) uint8, by the logits that `evaluate` counts.
 

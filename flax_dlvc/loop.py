@@ -20,6 +20,7 @@ from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, describe_origin, evaluate, predict
 from flax_dlvc.metrics import Sums, summarize
+from flax_dlvc.profiling import timed, training_call
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import begin_from
@@ -112,6 +113,7 @@ def train_and_rewind(
             display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {error}')
 
 
+@timed('input and host')
 def train(
     setup: Setup,
     state: steps.TrainState,
@@ -142,11 +144,12 @@ def train(
                     check_stop()
                     if save_is_due(step):
                         save(checkpoints, state, progress, setup)
-                    state, sums = setup.train_step(state, *train_split, indices)
-                    step += indices.shape[1]
-                    if epoch == 1 and distributed.is_main():
-                        tensorboard.begin()  # while the devices work
-                    monitor.note(step, sums)
+                    with training_call(indices.shape[1]):
+                        state, sums = setup.train_step(state, *train_split, indices)
+                        step += indices.shape[1]
+                        if epoch == 1 and distributed.is_main():
+                            tensorboard.begin()  # while the devices work
+                        monitor.note(step, sums)
                 images_per_second = monitor.finish()
 
                 validation: dict[str, Any] = {'cross_entropy': None, 'accuracy': None}
@@ -211,6 +214,7 @@ def train(
     }
 
 
+@timed('start')
 def restore_or_start(setup: Setup, checkpoints: Checkpoints, display: Display) -> tuple[steps.TrainState, Progress]:
     """The newest whole checkpoint's state and progress, or the initial ones, which `init_from` may have a part in."""
     restored = checkpoints.restore_latest(setup.abstract_state)
@@ -342,6 +346,7 @@ class Monitor:
         self._look()
         return self._images_per_second
 
+    @timed('training')
     def _look(self) -> None:
         if self._pending is None:
             return

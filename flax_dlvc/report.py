@@ -17,6 +17,7 @@ from flax_dlvc import pictures
 from flax_dlvc.config import flatten
 from flax_dlvc.data import Dataset
 from flax_dlvc.errors import StorageError
+from flax_dlvc.profiling import timed
 from flax_dlvc.stopping import Stopping
 
 
@@ -51,6 +52,7 @@ class Display:
     ) -> None:
         self._progress.stop()
 
+    @timed('logging')
     def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
         """Moves the bar to a finished step; the metrics are the epoch's so far."""
         self._progress.update(
@@ -61,6 +63,7 @@ class Display:
             f'  {images_per_second:,.0f} images/s{self._best}',
         )
 
+    @timed('logging')
     def epoch(self, record: dict[str, Any], stopping: Stopping) -> None:
         """Prints the line of a finished epoch."""
         validation = ''
@@ -104,6 +107,7 @@ class TensorBoard:
             with contextlib.suppress(OSError):
                 self._writer.close()
 
+    @timed('logging')
     def begin(self) -> None:
         """Logs, where nothing is logged yet, the hyperparameters and images as training sees them."""
         if self._writer is None:
@@ -111,6 +115,7 @@ class TensorBoard:
             images = pictures.training_images(self._config, self._dataset)
             self._write(0, [start, _image('train/images', images)], next_epoch=0)
 
+    @timed('logging')
     def epoch(self, record: dict[str, Any]) -> None:
         """Logs a record of the history, at its epoch."""
         scalars = {}
@@ -120,6 +125,7 @@ class TensorBoard:
                 scalars[tag] = value
         self._write(record['epoch'], _scalars(scalars), next_epoch=record['epoch'])
 
+    @timed('logging')
     def end(self, epoch: int, test: dict[str, Any], probabilities: np.ndarray) -> None:
         """Logs the final test, at the last epoch: metrics, confusion matrix and the most confident mistakes.
 
@@ -192,6 +198,7 @@ def _image(tag: str, figure: Any) -> Any:
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
+@timed('logging')
 def plot_curves(
     history: Sequence[dict[str, Any]], *, title: str, best_epoch: int | None, stopped_early: bool, path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import config as config_module
 from flax_dlvc import data
 from flax_dlvc.errors import ConfigError, DivergedError, StorageError
+from flax_dlvc.profiling import timed
 
 # What is read of these files, at least, and its types. A run without validation has None for it; so has a class that
 # the test split lacks.
@@ -262,6 +263,7 @@ def has_diverged(workdir: Path) -> bool:
         return False
 
 
+@timed('logging')
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all.
 

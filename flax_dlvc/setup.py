@@ -17,6 +17,7 @@ from flax_dlvc.augment import make_augmentation, make_mixing
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums
 from flax_dlvc.models import create_model
+from flax_dlvc.profiling import timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +169,14 @@ class Setup:
             other.__dict__[name] = getattr(self, name)  # where a cached property keeps its value
         return other
 
+    @timed('data')
     def place(self, split: data.Split) -> tuple[jax.Array, jax.Array]:
         """A split's images and labels, on every device of this process."""
         local = [self.devices[position] for position in steps.local_positions(self.devices)]
         return data.place(split, steps.replicated(local))
 
 
+@timed('start')
 def set_up(config: ConfigDict) -> Setup:
     """Loads the data and chooses the devices.
 

@@ -81,10 +81,13 @@ def test_losses_do_not_depend_on_devices_and_processes(tmp_path, start_processes
     results = {}
     for name, (processes, devices) in runs.items():
         workdir = tmp_path / name
-        codes, outputs, errors = finish(start_processes(processes, devices, *flags, '--workdir', workdir))
+        profile = ['--profile'] if processes > 1 else []
+        codes, outputs, errors = finish(start_processes(processes, devices, *flags, *profile, '--workdir', workdir))
         assert codes == [0] * processes, errors
         assert 'test, best epoch 1' in outputs[0]
         assert all('accuracy' not in output for output in outputs[1:])
+        assert [' s went:' in output for output in outputs] == [bool(profile), False][:processes]
+        assert len(list(workdir.glob('profile/plugins/profile/*/*.xplane.pb'))) == len(profile)  # process 0 alone
         results[name] = read_history(workdir)[0], json.loads((workdir / 'result.json').read_text())['test']
     record, test = results.pop('1 device')
     assert record['step'] == 10

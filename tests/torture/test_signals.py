@@ -70,6 +70,7 @@ PHASES = {
     'the first steps, compiled': (loop.Monitor, 'note', 1, 1),
     'training': (loop.Monitor, 'note', 3, 3),
     'the last step of an epoch': (loop.Monitor, 'note', 4, 4),
+    'TensorBoard, begun': (TensorBoard, 'begin', 1, 1),
     'validation': (loop, 'evaluate', 1, 4),
     'saving': (Checkpoints, 'save', 1, 4),
     'metrics': (rundir, 'write_history', 1, 4),
@@ -78,6 +79,7 @@ PHASES = {
     'restoring the best': (Checkpoints, 'restore', 1, 8),
     'the final test': (loop, 'evaluate', 3, 8),
     'curves': (loop, 'plot_curves', 1, 8),
+    'predictions': (loop, 'predict', 1, 8),
     'the result': (rundir, 'write_result', 1, 8),
 }
 
@@ -125,7 +127,7 @@ with pytest.MonkeyPatch.context() as patch:
     run_command(main.main)
 """
 # Those in which a first signal waits for something; all of them by hand, when FLAX_DLVC_KILLS is set.
-ABRUPT_PHASES = tuple(PHASES)[4:14] if 'FLAX_DLVC_KILLS' in os.environ else ('validation', 'saving', 'the final test')
+ABRUPT_PHASES = tuple(PHASES)[4:15] if 'FLAX_DLVC_KILLS' in os.environ else ('validation', 'saving', 'the final test')
 
 
 @pytest.mark.parametrize('phase', ABRUPT_PHASES)
