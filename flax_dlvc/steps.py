@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flax_dlvc.metrics import EvaluationSums, Sums, cross_entropy
 
 AXIS = 'devices'
 
-# glibc's malloc.h: no mapping of its own for a large buffer, never trim the heap, one heap.
+# glibc's malloc.h: no mapping of its own for a large buffer, never trim the heap, one heap for all threads.
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
 
 # XLA's option for what YNNPACK computes on a CPU; an unknown name or value ends the process, hence the versions.
@@ -103,14 +104,18 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep what XLA frees on a CPU; the process stays at its peak memory.
 
     XLA allocates a step's temporaries anew each time. Returned to the kernel, every page of them faults again: half of
-    a ViT's step, a quarter of a ResNet18's, a third of a CNN's (LOG.md). Threads choose their heap when they start, so
-    this must come before a backend is in use; afterwards the ViT's step still has 350,000 faults.
+    a ViT's step, a quarter of a ResNet18's, a third of a CNN's (LOG.md). A thread's own heap is returned whatever glibc
+    is told, so there is only one: to be called before JAX starts its backend's threads.
     """
     if platform.libc_ver()[0] != 'glibc':
         return
     libc = ctypes.CDLL(None)
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
-        libc.mallopt(parameter, value)
+    # Asking JAX for its backend would start the threads; beside an accelerator they compile, each with a heap.
+    if jax.config.jax_platforms == 'cpu' or not entry_points(group='jax_plugins'):  # type: ignore[attr-defined]
+        libc.mallopt(M_ARENA_MAX, 1)
+    if jax.default_backend() == 'cpu':
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def default_steps_per_call() -> int:
