@@ -13,7 +13,13 @@ exclude_patterns = ['results/table.md', 'reference/modules.rst']  # included in 
 myst_heading_anchors = 3
 
 apidoc_modules = [
-    {'path': '../flax_dlvc', 'destination': 'reference', 'separate_modules': True, 'module_first': True, 'max_depth': 1},
+    {
+        'path': '../flax_dlvc',
+        'destination': 'reference',
+        'separate_modules': True,
+        'module_first': True,
+        'max_depth': 1,
+    },
 ]
 autodoc_default_options = {
     'members': True,
