@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -111,6 +112,15 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def quick_compilation():
+    """Programs that run for a second are not worth optimising; none of them is left to other tests."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+    jax.clear_caches()
+
+
 def run(words, monkeypatch):
     """Runs `python -m MODULE ARGUMENT …` in this process, where all is imported already; returns the exit code."""
     assert words[:2] == ['python', '-m'], f'{shlex.join(words)} neither runs nor is it in NOT_RUN'
@@ -125,7 +135,7 @@ def run(words, monkeypatch):
     return ended.value.code
 
 
-def test_commands_in_the_documentation_run(workplace, small_run_flags, monkeypatch, capsys):
+def test_commands_in_the_documentation_run(workplace, quick_compilation, small_run_flags, monkeypatch, capsys):
     small_flags = [*small_run_flags, *(f'--config.{field}={value}' for field, value in SMALLER_STILL.items())]
     not_run = set()
     for page, words in commands():
