@@ -29,8 +29,6 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 PREPARABLE = ('cifar10', 'cifar100')  # datasets that are prepared from their official archive, without TensorFlow
 
-NUM_SHOWN = 64  # images that --show draws
-
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -343,7 +341,7 @@ def _fingerprint(source: Path, split: str) -> str:
 
 def show(argv: list[str]) -> None:
     """Draws images of the first training batch, augmented, with their labels."""
-    from flax_dlvc import figures
+    from flax_dlvc import pictures
     from flax_dlvc.config import parse_command_line
 
     def define_flags(flag_values: Any) -> None:
@@ -354,9 +352,9 @@ def show(argv: list[str]) -> None:
     flag_values = parse_command_line(argv, define_flags)
     if not flag_values.show:
         raise ConfigError('no picture to draw: say --show FILE.png')
-    images, labels = figures.seen_in_training(flag_values.config, load(flag_values.config))
-    figures.save_png(figures.image_grid(images[:NUM_SHOWN], labels), Path(flag_values.show))
-    print(f'{min(NUM_SHOWN, len(images))} images of {flag_values.config.dataset}: {flag_values.show}')
+    config = flag_values.config
+    pictures.save_png(pictures.training_images(config, load(config)), Path(flag_values.show))
+    print(f'{min(pictures.NUM_SHOWN, config.batch_size)} images of {config.dataset}: {flag_values.show}')
 
 
 def main(argv: list[str]) -> None:

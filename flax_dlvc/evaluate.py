@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
@@ -42,6 +43,20 @@ def evaluate(
         previous, sums = sums, setup.evaluation_step(variables, sums, images, labels, indices)
         jax.block_until_ready(previous)  # one call is always queued, and never more
     return summarize(sums)
+
+
+def predict(setup: Setup, variables: Any, images: np.ndarray) -> np.ndarray:
+    """Probabilities (N, K) float32 of the classes of images (N, H, W, C) uint8, by the logits that `evaluate` counts.
+
+    On one device and without the other processes, which need not take part.
+    """
+    variables = steps.on_one_device(variables)
+    size = min(len(images), setup.config.evaluation_batch_size // len(setup.devices))
+    probabilities = np.empty((len(images), setup.num_classes), np.float32)
+    for start in range(0, len(images), size):
+        start = min(start, len(images) - size)  # the last batch is as large as the others, so that one program serves
+        probabilities[start : start + size] = setup.prediction_step(variables, images[start : start + size])
+    return probabilities
 
 
 def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_dlvc import answers, tables
-from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc import answers, pictures, tables
+from flax_dlvc.errors import StorageError
 from flax_dlvc.tables import Cell
 
 ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 STYLE: Any = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'flax_dlvc'}
-METADATA: Any = {'.png': {'Software': None}, '.svg': {'Date': None, 'Creator': None}}
 NUM_EXAMPLES = 8  # images in the strip
 
 
@@ -142,21 +141,8 @@ def confusion(cells: Sequence[Cell]) -> Any:
     for axes, cell in zip(grid, cells, strict=False):
         matrices = [run.evaluation['confusion_matrix'] for run in cell.finished if 'confusion_matrix' in run.evaluation]
         counts = np.sum(matrices, axis=0)
-        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares, cmap='cividis', vmin=0, vmax=100)
-        if len(names) <= 12:
-            for row, column in np.ndindex(shares.shape):
-                colour = 'black' if shares[row, column] > 55 else 'white'
-                if shares[row, column] >= 0.5:
-                    text = f'{shares[row, column]:.0f}'
-                    axes.text(column, row, text, ha='center', va='center', color=colour, fontsize=7)
-            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        pictures.draw_confusion(axes, counts, names)
         axes.set_title(tables.REGULARIZATIONS[cell.regularization], fontsize=9)
-        axes.set_xlabel('predicted')
-        axes.set_ylabel('true')
     for axes in list(grid):
         axes.remove()
     return figure
@@ -229,8 +215,8 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
                 rows.append((f'from {lowest:g}' if draw == 0 else '', np.asarray(jax.vmap(augment)(keys, images))))
     figure = Figure(figsize=(0.75 * len(images) + 0.8, 0.75 * len(rows)), layout='constrained')
     grid = figure.subplots(len(rows), len(images), squeeze=False)
-    for axes_of_row, (label, pictures) in zip(grid, rows, strict=True):
-        for axes, picture in zip(axes_of_row, pictures, strict=True):
+    for axes_of_row, (label, examples_of_row) in zip(grid, rows, strict=True):
+        for axes, picture in zip(axes_of_row, examples_of_row, strict=True):
             axes.imshow(np.clip(picture, 0, 1), interpolation='nearest')
             axes.set_xticks([])
             axes.set_yticks([])
@@ -239,79 +225,10 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
     return figure
 
 
-def seen_in_training(config: ConfigDict, dataset: Any) -> tuple[np.ndarray, list[str]]:
-    """What the first training step of a run on one device sees, before normalisation.
-
-    Returns:
-        Images (B, H, W, C) float32 on the scale [0, 1], and the names of their classes; of an image that is mixed,
-        both with their shares.
-    """
-    import jax
-
-    from flax_dlvc import augment, data, steps
-
-    indices = data.epoch_order(len(dataset.train), config.seed, 1)[: config.batch_size]
-    with jax.default_device(jax.local_devices(backend='cpu')[0]):
-        images, shares = jax.jit(steps.augment_batch, static_argnums=(4, 5, 6))(
-            steps.keys_of(jax.numpy.uint32(config.seed))[1],
-            jax.numpy.asarray(dataset.train.images[indices]),
-            jax.numpy.asarray(indices),
-            jax.numpy.int32(0),
-            augment.make_augmentation(config.augment, dataset.mean),
-            len(dataset.train) // config.batch_size if config.augment.alternating_mirror else 0,
-            augment.make_mixing(config.augment),
-        )
-    names = [dataset.class_names[label] for label in dataset.train.labels[indices]]
-    if shares is not None:
-        names = [
-            f'{own} {share:.2f}\n{other} {1 - share:.2f}'
-            for own, other, share in zip(names, np.roll(names, 1), np.asarray(shares), strict=True)
-        ]
-    return np.asarray(images), names
-
-
-def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> Any:
-    """Images (N, H, W, C) on the scale [0, 1] with their labels, row by row."""
-    from matplotlib.figure import Figure
-
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.1 * columns, 1.3 * rows), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()  # not .flat, which can be gone through once
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, image, label in zip(grid, images, labels, strict=False):
-        axes.imshow(np.clip(image, 0, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
-        axes.set_title(label, fontsize=7)
-    return figure
-
-
 def _save(figure: Any, stem: Path) -> None:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in METADATA:
-            _write(figure, stem.with_name(stem.name + suffix))
+        for suffix in pictures.METADATA:
+            pictures.write(figure, stem.with_name(stem.name + suffix))
     except OSError as error:
         raise StorageError(f'cannot write {stem}: {error.strerror}; free space and start again') from error
-
-
-def _write(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f'.{path.name}')
-    try:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:], metadata=METADATA[path.suffix])
-        temporary.replace(path)
-    finally:  # there is none where all went well
-        temporary.unlink(missing_ok=True)
-
-
-def save_png(figure: Any, path: Path) -> None:
-    """Writes a picture to a place that the user has named.
-
-    Raises:
-        ConfigError: it is not called .png, or cannot be written there.
-    """
-    if path.suffix != '.png':
-        raise ConfigError(f'{path} is not the name of a .png file')
-    try:
-        _write(figure, path)
-    except OSError as error:
-        raise ConfigError(f'cannot write {path}: {error.strerror}; choose another place') from error

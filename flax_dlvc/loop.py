@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import data, distributed, rundir, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
-from flax_dlvc.evaluate import describe, describe_origin, evaluate
+from flax_dlvc.evaluate import describe, describe_origin, evaluate, predict
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
@@ -60,12 +60,13 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
     with (
         claimed(workdir, setup),
         Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
+        TensorBoard(workdir, config, setup.dataset) as tensorboard,
         display,
     ):
         if distributed.is_main():
             rundir.write_failure(workdir, '')  # of an attempt before this one
         try:
-            result = train_and_rewind(setup, workdir, checkpoints, display)
+            result = train_and_rewind(setup, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:
             if distributed.is_main():
                 rundir.write_failure(workdir, str(error), error.exit_code)
@@ -87,7 +88,9 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
         yield
 
 
-def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, display: Display) -> dict[str, Any]:
+def train_and_rewind(
+    setup: Setup, workdir: Path, checkpoints: Checkpoints, tensorboard: TensorBoard, display: Display
+) -> dict[str, Any]:
     """Trains; where the config says so, a run that diverges goes on from its newest checkpoint at half the rate."""
     config = setup.config
     rewinds = 0
@@ -100,7 +103,8 @@ def train_and_rewind(setup: Setup, workdir: Path, checkpoints: Checkpoints, disp
         slower = setup.variant(learning_rate=config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)
         try:
-            return train(slower, state, dataclasses.replace(progress, rewinds=rewinds), workdir, checkpoints, display)
+            progress = dataclasses.replace(progress, rewinds=rewinds)
+            return train(slower, state, progress, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:
             if config.on_divergence == 'stop' or rewinds == config.max_rewinds:
                 raise
@@ -114,13 +118,14 @@ def train(
     progress: Progress,
     workdir: Path,
     checkpoints: Checkpoints,
+    tensorboard: TensorBoard,
     display: Display,
 ) -> dict[str, Any]:
     """The run proper, from a state to its result."""
     config, dataset = setup.config, setup.dataset
     train_split, validation_split = setup.place(dataset.train), setup.place(dataset.validation)
 
-    with stop_signals() as check_stop, TensorBoard(workdir) as tensorboard:
+    with stop_signals() as check_stop:
         try:
             while not finished(config, progress):
                 epoch = len(progress.history) + 1
@@ -139,6 +144,8 @@ def train(
                         save(checkpoints, state, progress, setup)
                     state, sums = setup.train_step(state, *train_split, indices)
                     step += indices.shape[1]
+                    if epoch == 1 and distributed.is_main():
+                        tensorboard.begin()  # while the devices work
                     monitor.note(step, sums)
                 images_per_second = monitor.finish()
 
@@ -176,7 +183,6 @@ def train(
             raise StoppedError(message, request.signal_number) from None
 
     evaluation = describe_origin(setup, 'test', best_step) | test
-    del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs
     best_epoch = progress.stopping.best_epoch
@@ -189,6 +195,8 @@ def train(
             stopped_early=stopped_early,
             path=workdir / 'curves.png',
         )
+        tensorboard.end(epochs_run, test, predict(setup, best.variables, dataset.test.images))
+    del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     return {
         'config_name': config.name,
         'dataset': config.dataset,

@@ -8,9 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flax_dlvc import pictures
+from flax_dlvc.config import flatten
+from flax_dlvc.data import Dataset
 from flax_dlvc.errors import StorageError
 from flax_dlvc.stopping import Stopping
 
@@ -76,10 +81,17 @@ class Display:
 
 
 class TensorBoard:
-    """TensorBoard's scalars, written at once and not by a thread, so that a full disk is noticed; a context manager."""
+    """TensorBoard's event file, written at once and not by a thread, so that a full disk is noticed; a context manager.
 
-    def __init__(self, workdir: Path):
+    TensorBoard drops what an interrupted run has logged of an epoch that it did not save, once the run goes on.
+
+    Raises, of its methods:
+        StorageError: the event file cannot be written.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict, dataset: Dataset):
         self._directory = workdir / 'tensorboard'
+        self._config, self._dataset = config, dataset
         self._writer: Any = None
 
     def __enter__(self) -> 'TensorBoard':
@@ -92,34 +104,92 @@ class TensorBoard:
             with contextlib.suppress(OSError):
                 self._writer.close()
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Logs a record of the history, at its epoch.
+    def begin(self) -> None:
+        """Logs, where nothing is logged yet, the hyperparameters and images as training sees them."""
+        if self._writer is None:
+            start, _ = _hyperparameters(self._config)
+            images = pictures.training_images(self._config, self._dataset)
+            self._write(0, [start, _image('train/images', images)], next_epoch=0)
 
-        Raises:
-            StorageError: the event file cannot be written.
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Logs a record of the history, at its epoch."""
+        scalars = {}
+        for key, value in record.items():
+            if key != 'epoch' and value is not None:
+                tag = key.replace('_', '/', 1) if key.startswith(('train_', 'validation_')) else key
+                scalars[tag] = value
+        self._write(record['epoch'], _scalars(scalars), next_epoch=record['epoch'])
+
+    def end(self, epoch: int, test: dict[str, Any], probabilities: np.ndarray) -> None:
+        """Logs the final test, at the last epoch: metrics, confusion matrix and the most confident mistakes.
+
+        Args:
+            epoch: the last one.
+            test: what `metrics.summarize` returned for the test split.
+            probabilities: (N, K), the predictions for its examples.
         """
+        title = f'{self._config.name} on {self._config.dataset}, test: accuracy {test["accuracy"]:.4f}; % of a row'
+        class_names = self._dataset.class_names
+        confusion = pictures.confusion_matrix(np.array(test['confusion_matrix']), class_names, title)
+        mistakes = pictures.mistakes(self._dataset.test, probabilities, class_names)
+        _, end = _hyperparameters(self._config)
+        summaries = [
+            *_scalars({f'test/{key}': test[key] for key in ('accuracy', 'cross_entropy')}),
+            _image('test/confusion_matrix', confusion),
+            _image('test/mistakes', mistakes),
+            end,
+        ]
+        self._write(epoch, summaries, next_epoch=epoch + 1)
+
+    def _write(self, step: int, summaries: Sequence[Any], next_epoch: int) -> None:
+        """Writes summaries; at the head of a file also that what others hold of `next_epoch` and later is void."""
         from tensorboardX.event_file_writer import EventsWriter  # over a second to import
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
 
         def write(**content: Any) -> None:
-            self._writer.write_event(Event(wall_time=time.time(), step=record['epoch'], **content))
+            self._writer.write_event(Event(wall_time=time.time(), **content))
 
         try:
             if self._writer is None:
                 self._directory.mkdir(exist_ok=True)
                 self._writer = EventsWriter(str(self._directory / 'events'))
-                # TensorBoard drops what an interrupted run logged of this and later epochs but did not save.
-                write(session_log=SessionLog(status=SessionLog.START))
-            for key, value in record.items():
-                if key != 'epoch' and value is not None:
-                    tag = key.replace('_', '/', 1) if key.startswith(('train_', 'validation_')) else key
-                    write(summary=scalar(tag, value))
+                write(step=next_epoch, session_log=SessionLog(status=SessionLog.START))
+            for summary in summaries:
+                write(step=step, summary=summary)
             self._writer.flush()
         except OSError as error:
             raise StorageError(
                 f'cannot write {self._directory}: {error.strerror}; free space and start again'
             ) from error
+
+
+def _scalars(values: dict[str, float]) -> list[Any]:
+    """Numbers, by tag, as summaries."""
+    from tensorboardX.summary import scalar
+
+    return [scalar(tag, value) for tag, value in values.items()]
+
+
+def _hyperparameters(config: ConfigDict) -> tuple[Any, Any]:
+    """The summaries of a run's begin, with its hyperparameters, and of its end.
+
+    tensorboardX's third one, of the experiment, is left out: without it TensorBoard itself gathers the metrics and
+    shows the hyperparameters in which runs differ.
+    """
+    from tensorboardX.summary import hparams
+
+    values = {field: str(value) if isinstance(value, tuple) else value for field, value in flatten(config).items()}
+    _, start, end = hparams(values, {})
+    return start, end
+
+
+def _image(tag: str, figure: Any) -> Any:
+    """A picture as a summary."""
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    width, height = (int(pictures.DPI * inches) for inches in figure.get_size_inches())
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=pictures.encode_png(figure))
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 def plot_curves(

@@ -128,7 +128,7 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
     Raises:
         ConfigError: one is not a whole run directory, none has an epoch to show, or `out` cannot be written.
     """
-    from flax_dlvc import figures
+    from flax_dlvc import figures, pictures
 
     paths = [directory / name if (directory / name).is_dir() else Path(name) for name in names]
     runs = [
@@ -140,7 +140,7 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
         print(f'{field}: {left[field]} | {right[field]}')
     if not any(run.history for run in runs):
         raise ConfigError('neither run has finished an epoch; there is nothing to plot')
-    figures.save_png(figures.compare(runs), out)
+    pictures.save_png(figures.compare(runs), out)
     print(f'curves: {out}')
 
 

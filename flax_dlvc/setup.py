@@ -101,6 +101,13 @@ class Setup:
             views=self.config.test_time_augmentation,
         )
 
+    @cached_property
+    def prediction_step(self) -> steps.PredictionStep:
+        """The prediction step of `steps.make_prediction_step`."""
+        return steps.make_prediction_step(
+            model=self.model, mean=self.dataset.mean, std=self.dataset.std, views=self.config.test_time_augmentation
+        )
+
     def create_state(self) -> steps.TrainState:
         """The initial training state, on every device."""
         return self._create_state(self._seed, self._example_images)
@@ -155,7 +162,9 @@ class Setup:
         if learning_rate is not None:
             config.learning_rate = learning_rate
         other = dataclasses.replace(self, config=config)
-        for name in ('_train_step', 'evaluation_step', '_create_state', 'abstract_state', '_empty_sums'):
+        for name in (
+            '_train_step', 'evaluation_step', 'prediction_step', '_create_state', 'abstract_state', '_empty_sums',
+        ):  # fmt: skip
             other.__dict__[name] = getattr(self, name)  # where a cached property keeps its value
         return other
 

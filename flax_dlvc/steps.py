@@ -40,6 +40,8 @@ YNNPACK_VERSIONS = ((0, 10), (0, 13))  # of jaxlib, from the first to below the 
 TrainStep = Callable[..., tuple['TrainState', Sums]]
 # (variables, sums, images (N, H, W, C), labels (N,), indices (D, S, B)) -> sums
 EvaluationStep = Callable[..., EvaluationSums]
+# (variables, images (B, H, W, C) uint8) -> probabilities (B, K)
+PredictionStep = Callable[[Any, np.ndarray], jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -330,19 +332,12 @@ def make_evaluation_step(
     devices: Sequence[jax.Device],
     views: str = 'none',
 ) -> EvaluationStep:
-    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none.
-
-    Logits are averaged over the `views` of `augment.evaluation_views`.
-    """
+    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none."""
 
     def add(
         sums: EvaluationSums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
     ) -> EvaluationSums:
-        batch = images[indices].astype(jnp.float32) / 255
-        seen, weights = evaluation_views(normalize(batch, mean, std), views)
-        logits: Any = model.apply(variables, seen.reshape(-1, *batch.shape[1:]), train=False)
-        if len(weights) > 1:
-            logits = jnp.tensordot(weights, logits.reshape(*seen.shape[:2], -1), 1, precision='highest')
+        logits = logits_of(model, variables, images[indices], mean=mean, std=std, views=views)
         losses = cross_entropy(logits, labels[indices])
         new = EvaluationSums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
         return sums.merge(jax.lax.psum(new, AXIS))
@@ -355,6 +350,33 @@ def make_evaluation_step(
     return _on_devices(
         jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices), devices
     )
+
+
+def make_prediction_step(
+    *, model: nn.Module, mean: Sequence[float], std: Sequence[float], views: str = 'none'
+) -> PredictionStep:
+    """Builds the prediction step: the probabilities of the classes, on one device, by the evaluation step's logits."""
+
+    def prediction_step(variables: Any, images: jax.Array) -> jax.Array:
+        return nn.softmax(logits_of(model, variables, images, mean=mean, std=std, views=views))
+
+    return jax.jit(prediction_step)
+
+
+def logits_of(
+    model: nn.Module, variables: Any, images: jax.Array, *, mean: Sequence[float], std: Sequence[float], views: str
+) -> jax.Array:
+    """Logits (B, K) of images (B, H, W, C) uint8, averaged over the `views` of `augment.evaluation_views`."""
+    seen, weights = evaluation_views(normalize(images.astype(jnp.float32) / 255, mean, std), views)
+    logits: Any = model.apply(variables, seen.reshape(-1, *images.shape[1:]), train=False)
+    if len(weights) > 1:
+        logits = jnp.tensordot(weights, logits.reshape(*seen.shape[:2], -1), 1, precision='highest')
+    return logits
+
+
+def on_one_device(tree: Any) -> Any:
+    """What is replicated over the run's devices, on this process's first one alone; nothing is copied."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def _on_devices(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:

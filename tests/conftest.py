@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,20 @@ def read_history(workdir: Path) -> list[dict[str, Any]]:
     """A run's metrics.jsonl without the one field that is a time."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != 'images_per_second'} for line in lines]
+
+
+def read_events(workdir: Path) -> list[Any]:
+    """Every event in a run's event files; a record is length, its checksum, data, its checksum (TFRecord)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for path in sorted((workdir / 'tensorboard').iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack('<Q', content[:8])
+            events.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return events
 
 
 def restore_latest(workdir: Path) -> Any:

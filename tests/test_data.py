@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from flax_dlvc import archive, data, decoded, figures
+from flax_dlvc import archive, data, decoded
 from flax_dlvc.errors import ConfigError
 
 CIFAR10 = Path(os.environ.get('TFDS_DATA_DIR', ''), 'cifar10')
@@ -695,44 +695,6 @@ def test_real_cifar10():
 
 
 # What --show draws
-
-
-def test_without_augmentation_training_sees_the_datasets_images(digits):
-    images, names = figures.seen_in_training(make_config(batch_size=16), digits)
-    indices = data.epoch_order(len(digits.train), 0, 1)[:16]
-    np.testing.assert_allclose(images, digits.train.images[indices] / np.float32(255), rtol=0, atol=1e-6)
-    assert names == [digits.class_names[label] for label in digits.train.labels[indices]]
-
-
-def test_with_augmentation_the_images_change_with_the_seed_alone(digits):
-    def seen(**fields):
-        return figures.seen_in_training(make_config(batch_size=16, **fields), digits)[0]
-
-    augmented = seen(augment__random_resized_crop=True)
-    assert np.abs(augmented - seen()).max(axis=(1, 2, 3)).min() > 0.1
-    np.testing.assert_array_equal(augmented, seen(augment__random_resized_crop=True))
-    assert not np.array_equal(augmented, seen(augment__random_resized_crop=True, seed=2**32 - 1))
-
-
-def test_a_mixed_image_is_named_after_both(digits):
-    config = make_config(batch_size=16, augment__mixup_alpha=1.0)
-    images, names = figures.seen_in_training(config, digits)
-    plain, classes = figures.seen_in_training(make_config(batch_size=16), digits)
-    for number, name in enumerate(names):
-        (own, share), (other, rest) = (line.rsplit(' ', 1) for line in name.split('\n'))
-        assert (own, other) == (classes[number], classes[number - 1])
-        blend = float(share) * plain[number] + float(rest) * plain[number - 1]
-        np.testing.assert_allclose(images[number], blend, atol=0.02)
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-def test_the_grid_shows_each_image_under_its_label(channels):
-    images = np.random.default_rng(0).random((5, 4, 6, channels), np.float32)
-    grid = figures.image_grid(images, list('abcde'), columns=2)
-    drawn = [axes for axes in grid.axes if axes.images]
-    assert [axes.get_title() for axes in drawn] == list('abcde')
-    for axes, image in zip(drawn, images, strict=True):
-        np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()).reshape(image.shape), image)
 
 
 def show(*arguments):

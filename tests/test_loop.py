@@ -5,10 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, read_history, restore_latest
+from conftest import SMALL_RUN, read_events, read_history, restore_latest
 
-from flax_dlvc import loop, rundir
+from flax_dlvc import loop, pictures, rundir, transfer
 from flax_dlvc.checkpoint import Checkpoints
+from flax_dlvc.data import load
 from flax_dlvc.errors import ConfigError, DivergedError
 from flax_dlvc.evaluate import evaluate_checkpoint
 
@@ -64,7 +65,6 @@ def test_a_run_leaves_what_the_interface_promises(finished_run):
     }
     assert result['test']['num_examples'] == 300
     assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG')
-    assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
     assert [path.name for path in workdir.glob('.*')] == ['.lock']
 
 
@@ -72,6 +72,33 @@ def test_the_best_epoch_is_that_of_the_best_validation_accuracy(finished_run):
     _, workdir, result = finished_run
     accuracies = [record['validation_accuracy'] for record in read_history(workdir)]
     assert result['best_epoch'] == 1 + int(np.argmax(accuracies))
+
+
+def test_tensorboard_shows_training_images_confusion_and_mistakes(finished_run):
+    config, workdir, result = finished_run
+    logged = {value.tag: (event.step, value) for event in read_events(workdir) for value in event.summary.value}
+    images = {tag: value.image.encoded_image_string for tag, (_, value) in logged.items() if value.HasField('image')}
+    assert {tag: logged[tag][0] for tag in images} == {
+        'train/images': 0, 'test/confusion_matrix': 3, 'test/mistakes': 3,
+    }  # fmt: skip
+    assert logged['test/accuracy'][1].simple_value == pytest.approx(result['test']['accuracy'])
+
+    # The mistakes, by the model alone and in a plain sort.
+    setup, variables = transfer.load_trained(workdir)
+    test = load(config).test
+    normalized = (test.images / np.float32(255) - np.float32(setup.dataset.mean)) / np.float32(setup.dataset.std)
+    logits = np.asarray(setup.model.apply(variables, normalized, train=False), np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    confidences = {
+        index: probability.max()
+        for index, probability in enumerate(probabilities)
+        if probability.argmax() != test.labels[index]
+    }
+    assert len(confidences) == round(300 * (1 - result['test']['accuracy']))
+    worst = sorted(confidences, key=lambda index: -confidences[index])[:32]
+    labels = [f'{probabilities[i].argmax()} {confidences[i]:.2f}\nis {test.labels[i]}' for i in worst]
+    expected = pictures.image_grid(test.images[worst] / np.float32(255), labels)
+    assert images['test/mistakes'] == pictures.encode_png(expected)
 
 
 def test_evaluate_repeats_the_result_to_the_last_digit(finished_run):
@@ -250,6 +277,10 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config
     assert result == json.loads((tmp_path / 'whole' / 'result.json').read_text())
     whole, stopped_run = (read_history(tmp_path / name) for name in ('whole', 'stopped'))
     assert stopped_run == whole
+    # Stopped in its first epoch, a run begins its log anew, and TensorBoard drops the first one.
+    tags = [value.tag for event in read_events(tmp_path / 'stopped') for value in event.summary.value]
+    assert tags.count('train/images') == tags.count('_hparams_/session_start_info') == (2 if stop_at_call < 4 else 1)
+    assert tags.count('test/mistakes') == 1
     for a, b in zip(
         jax.tree.leaves(restore_latest(tmp_path / 'whole')),
         jax.tree.leaves(restore_latest(tmp_path / 'stopped')),

@@ -1,10 +1,15 @@
 """What a run shows: the terminal, event files, pictures."""
 
-import struct
+import functools
+import io
 
+import numpy as np
 import pytest
+from conftest import read_events
 from PIL import Image
 
+from flax_dlvc import data
+from flax_dlvc.config import flatten
 from flax_dlvc.errors import StorageError
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.stopping import Stopping
@@ -23,29 +28,26 @@ def make_record(epoch):
     }
 
 
-def read_events(directory):
-    """Every event in a directory's files; a record is length, its checksum, data, its checksum (TFRecord)."""
-    from tensorboardX.proto.event_pb2 import Event
+@pytest.fixture(scope='module')
+def board():
+    """`board(workdir)`: a TensorBoard of a run on digits."""
+    from configs import quickstart
 
-    events = []
-    for path in sorted(directory.iterdir()):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack('<Q', content[:8])
-            events.append(Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return events
+    config = quickstart.get_config()
+    config.name, config.seed = 'quickstart', 7
+    return functools.partial(TensorBoard, config=config, dataset=data.load(config))
 
 
-def test_tensorboard_gets_every_scalar_at_its_epoch(tmp_path):
-    with TensorBoard(tmp_path) as tensorboard:
+def summaries(workdir):
+    """Values of all summaries, by step and tag, in the order in which they were written."""
+    return [(event.step, value) for event in read_events(workdir) for value in event.summary.value]
+
+
+def test_tensorboard_gets_every_scalar_at_its_epoch(tmp_path, board):
+    with board(tmp_path) as tensorboard:
         for epoch in (1, 2):
             tensorboard.epoch(make_record(epoch))
-    values = {
-        (event.step, value.tag): value.simple_value
-        for event in read_events(tmp_path / 'tensorboard')
-        for value in event.summary.value
-    }
+    values = {(step, value.tag): value.simple_value for step, value in summaries(tmp_path)}
     assert values[1, 'train/loss'] == 1
     assert values[2, 'validation/loss'] == 1
     assert values[2, 'validation/accuracy'] == 0.25
@@ -53,20 +55,61 @@ def test_tensorboard_gets_every_scalar_at_its_epoch(tmp_path):
     assert len(values) == 2 * 7
 
 
-def test_a_run_that_goes_on_drops_what_it_logs_again(tmp_path):
+def test_it_begins_with_the_hyperparameters_and_what_training_sees(tmp_path, board):
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    with board(tmp_path) as tensorboard:
+        tensorboard.begin()
+        tensorboard.begin()  # nothing more
+    (step, start), (_, grid) = summaries(tmp_path)
+    assert (step, start.metadata.plugin_data.plugin_name) == (0, 'hparams')
+    hparams = HParamsPluginData.FromString(start.metadata.plugin_data.content).session_start_info.hparams
+    config = board.keywords['config']
+    assert set(hparams) == set(flatten(config))
+    assert (hparams['dropout_rate'].number_value, hparams['seed'].number_value) == (0.5, 7)
+    assert hparams['augment.random_mirror'].HasField('bool_value')
+    assert hparams['augment.random_resized_crop_scale'].string_value == '(0.08, 1.0)'
+    assert grid.tag == 'train/images'
+    data.main(['data', '--config=configs/quickstart.py', '--config.seed=7', f'--show={tmp_path}/seen.png'])
+    assert grid.image.encoded_image_string == (tmp_path / 'seen.png').read_bytes()
+    assert Image.open(tmp_path / 'seen.png').size == (grid.image.width, grid.image.height)
+
+
+def test_it_ends_with_the_test(tmp_path, board):
+    split = board.keywords['dataset'].test
+    probabilities = np.eye(10, dtype=np.float32)[(split.labels + (np.arange(300) < 5)) % 10]
+    test = {'accuracy': 295 / 300, 'cross_entropy': 0.25, 'confusion_matrix': np.diag([30] * 10).tolist()}
+    with board(tmp_path) as tensorboard:
+        tensorboard.end(12, test, probabilities)
+    written = {value.tag: value for step, value in summaries(tmp_path) if step == 12}
+    assert written['test/accuracy'].simple_value == pytest.approx(295 / 300)
+    assert written['test/cross_entropy'].simple_value == 0.25
+    for tag, size in (('test/confusion_matrix', (750, 750)), ('test/mistakes', (1320, 195))):
+        image = written.pop(tag).image
+        assert (image.width, image.height) == size
+        assert Image.open(io.BytesIO(image.encoded_image_string)).size == size
+    assert set(written) == {'test/accuracy', 'test/cross_entropy', '_hparams_/session_end_info'}
+
+
+def test_a_run_that_goes_on_drops_what_it_logs_again(tmp_path, board):
     from tensorboardX.proto.event_pb2 import SessionLog
 
-    with TensorBoard(tmp_path) as tensorboard:
+    def starts(workdir):
+        return [event.step for event in read_events(workdir) if event.session_log.status == SessionLog.START]
+
+    with board(tmp_path) as tensorboard:
         tensorboard.epoch(make_record(3))
-    starts = [
-        event.step for event in read_events(tmp_path / 'tensorboard') if event.session_log.status == SessionLog.START
-    ]
-    assert starts == [3]
+    assert starts(tmp_path) == [3]
+    (tmp_path / 'tested').mkdir()
+    test = {'accuracy': 1.0, 'cross_entropy': 0.0, 'confusion_matrix': [[1]]}
+    with board(tmp_path / 'tested') as tensorboard:  # stopped in the final test: no epoch is dropped
+        tensorboard.end(3, test, np.eye(10, dtype=np.float32)[board.keywords['dataset'].test.labels])
+    assert starts(tmp_path / 'tested') == [4]
 
 
-def test_an_event_file_that_cannot_be_written_is_a_storage_error(tmp_path):
+def test_an_event_file_that_cannot_be_written_is_a_storage_error(tmp_path, board):
     (tmp_path / 'tensorboard').write_text('')
-    with TensorBoard(tmp_path) as tensorboard, pytest.raises(StorageError, match='cannot write '):
+    with board(tmp_path) as tensorboard, pytest.raises(StorageError, match='cannot write '):
         tensorboard.epoch(make_record(1))
 
 
