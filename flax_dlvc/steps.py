@@ -9,6 +9,7 @@ replicated: it goes in and comes out without a leading device axis.
 import ctypes
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +32,7 @@ AXIS = 'devices'
 
 # glibc's malloc.h: no mapping of its own for a large buffer, never trim the heap, one heap for all threads.
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
+TRIM_INTERVAL = 10.0  # seconds; a run of shorter epochs would lose a tenth of its time by one after each
 
 # XLA's option for what YNNPACK computes on a CPU; an unknown name or value ends the process, hence the versions.
 YNNPACK_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
@@ -103,7 +105,7 @@ def spread_convolutions() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what XLA frees on a CPU; the process stays at its peak memory.
+    """Tells glibc to keep what XLA frees on a CPU, until `FreedMemory` gives it back.
 
     XLA allocates a step's temporaries anew each time. Returned to the kernel, every page of them faults again: half of
     a ViT's step, a quarter of a ResNet18's, a third of a CNN's (LOG.md). A thread's own heap is returned whatever glibc
@@ -118,6 +120,24 @@ def keep_freed_memory() -> None:
     if jax.default_backend() == 'cpu':
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+class FreedMemory:
+    """Gives what lies free of the kept memory back to the kernel now and then, so that fragments do not add up.
+
+    It costs as much time as the memory that the next steps touch for the first time: a step at most.
+    """
+
+    def __init__(self) -> None:
+        self._trim = ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == 'glibc' else None
+        self._time = time.monotonic()
+
+    def give_back(self) -> None:
+        """Gives it back, `TRIM_INTERVAL` after the last time at the earliest."""
+        if self._trim is None or time.monotonic() - self._time < TRIM_INTERVAL:
+            return
+        self._trim(0)
+        self._time = time.monotonic()
 
 
 def default_steps_per_call() -> int:
