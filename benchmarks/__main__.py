@@ -27,12 +27,6 @@ EPOCHS: dict[str, dict[str, Any]] = {
     'resnet18': {},
     'vit': {'splits.train': 'train[:10%]', 'splits.validation': 'train[80%:82%]'},
 }
-# A fifth of an epoch: a save after each weighs five times as much as in a real run. Less for the ViT.
-SHORT_EPOCHS: dict[str, dict[str, Any]] = {
-    'cnn': {'splits.train': 'train[:16%]', 'splits.validation': 'train[80%:84%]'},
-    'resnet18': {'splits.train': 'train[:16%]', 'splits.validation': 'train[80%:84%]'},
-    'vit': {'splits.train': 'train[:4%]', 'splits.validation': 'train[80%:81%]'},
-}
 # Images of a step on one device: as many as give steps of a tenth of a second or more on two cores.
 SCALING_BATCH_SIZES = {'cnn': 64, 'resnet18': 32, 'vit': 16}
 QUICK = {
@@ -92,8 +86,8 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
             changes = QUICK if arguments.quick else EPOCHS[model]
             keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2, rounds=1))
         if 'saving' in arguments.parts:
-            changes = QUICK if arguments.quick else SHORT_EPOCHS[model]
-            keep('saving', model, overhead.saving(model, changes, epochs=1 if arguments.quick else 4, rounds=rounds))
+            changes = QUICK if arguments.quick else EPOCHS[model]
+            keep('saving', model, overhead.saving(model, changes, turns=rounds))
         if 'scaling' in arguments.parts:
             batch_size = max(arguments.device_counts) if arguments.quick else SCALING_BATCH_SIZES[model]
             counts = arguments.device_counts
@@ -240,12 +234,14 @@ def _scaling(cases: dict[str, Any]) -> list[str]:
 def _saving(cases: dict[str, Any]) -> list[str]:
     rows = []
     for model, entry in cases.items():
-        without, saved = (statistics.median(entry['value'][key]) for key in ('without', 'with'))
-        rows.append([model, str(len(entry['value']['with'])), f'{without:.2f}', f'{without / saved:.3f}'])
+        saved, without = entry['value']['with'], entry['value']['without']
+        ratios = [b / a for a, b in zip(saved, without, strict=True)]
+        spread = ' / '.join(f'{value:.3f}' for value in (min(ratios), statistics.median(ratios), max(ratios)))
+        rows.append([model, str(len(saved)), f'{statistics.median(without):.1f}', spread])
     head = ('', 'epochs each', 'seconds of an epoch', 'images/s with saves over without')
     return [
-        'Runs that save after every epoch against runs that never do, in turn; medians over epochs. Epochs here are a',
-        'fifth of a real one (a twentieth for the ViT), so that a save weighs five times as much (twenty).',
+        'One run of which every other epoch is saved: an epoch that begins with a save, part of which goes on beside',
+        'its steps, against the next one, which does not. Whole epochs (a tenth for the ViT).',
         '',
         *markdown_table(head, rows),
     ]

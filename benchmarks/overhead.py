@@ -46,12 +46,17 @@ setup.train_step.func.lower(*setup.train_step.args, setup.abstract_state, *split
 print(time.perf_counter() - start)
 """
 
-# A whole run that never saves.
-_WITHOUT_SAVES = """
-import sys
+# A run in which only every other epoch is saved; prints when each ends, before it is.
+_SAVES_IN_TURN = """
+import sys, time
 from flax_dlvc import main
 from flax_dlvc.checkpoint import Checkpoints
-Checkpoints.save = lambda self, state, progress: None
+save = Checkpoints.save
+def save_in_turn(self, state, progress):
+    print('ended', time.perf_counter(), flush=True)
+    if len(progress.history) % 2:
+        save(self, state, progress)
+Checkpoints.save = save_in_turn
 main.main(['main', *sys.argv[1:]])
 """
 
@@ -160,34 +165,37 @@ def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> di
     return seconds
 
 
-def saving(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> dict[str, list[float]]:
-    """Compares runs that save every epoch with runs that never do, in turn.
+def saving(model: str, changes: dict[str, Any], *, turns: int) -> dict[str, list[float]]:
+    """Compares epochs that begin with a save of the one before with epochs that do not, in turn, in one run.
 
     Returns:
-        Seconds of each epoch but a run's first, `with` and `without` saves.
+        Seconds of each epoch after the second, `with` and `without` a save; what of it is asynchronous is in there.
     """
-    flags = main_flags(model, changes | {'num_epochs': epochs + 2, 'early_stopping.patience': 0})
-    programs = {'with': ('-m', 'flax_dlvc.main'), 'without': ('-c', _WITHOUT_SAVES)}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds):
-        for name in sorted(programs, reverse=turn % 2 == 1):
-            seconds[name] += _epoch_seconds(programs[name], flags, epochs + 1)
-    return seconds
+    epochs = 2 * turns + 3  # the first compiles, the second begins with the first save, which does, too
+    flags = main_flags(model, changes | {'num_epochs': epochs + 1, 'early_stopping.patience': 0})
+    lines = _lines(('-c', _SAVES_IN_TURN), flags, 'ended', epochs)
+    seconds = np.diff([float(line.split()[1]) for line, _ in lines]).tolist()
+    return {'with': seconds[2::2], 'without': seconds[3::2]}
 
 
 def _epoch_seconds(program: Sequence[str], flags: Sequence[str], epochs: int) -> list[float]:
-    """Starts a run, takes the time between its first epoch lines, and ends it."""
+    """Seconds between the first epoch lines of a run."""
+    return list(np.diff([when for _, when in _lines(program, flags, 'epoch', epochs)]))
+
+
+def _lines(program: Sequence[str], flags: Sequence[str], start: str, number: int) -> list[tuple[str, float]]:
+    """Starts a run, waits for a number of lines with a certain start, and ends it; the lines and when they came."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, '-u', *program, *flags, f'--workdir={directory}/run']
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        times = []
+        lines = []
         for line in process.stdout:
-            if line.startswith('epoch'):
-                times.append(time.perf_counter())
-            if len(times) == epochs:
+            if line.startswith(start):
+                lines.append((line, time.perf_counter()))
+            if len(lines) == number:
                 process.kill()
         process.wait()
-        if len(times) < epochs:
+        if len(lines) < number:
             raise RuntimeError(f'{" ".join(command)} ended with {process.returncode}')
-    return list(np.diff(times))
+    return lines[:number]

@@ -43,6 +43,7 @@ def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
     """A `Setup` on the synthetic split and the first devices."""
     from flax_dlvc import data, setup, steps
 
+    steps.spread_convolutions()
     steps.keep_freed_memory()
     split = data.Split(*synthetic_split())
     names = tuple(map(str, range(10)))

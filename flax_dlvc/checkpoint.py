@@ -312,7 +312,8 @@ def _orbax_errors_as_damage() -> Iterator[None]:
         yield
         return
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        # After that phrase TensorStore refers to an object's name.
+        reason = (str(error).split('. See full')[0].splitlines() or [type(error).__name__])[0][:160]
     # Reads that were under way are coroutines that nobody waits for; Python would complain of each when it drops it.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()

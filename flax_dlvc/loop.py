@@ -126,6 +126,7 @@ def train(
     """The run proper, from a state to its result."""
     config, dataset = setup.config, setup.dataset
     train_split, validation_split = setup.place(dataset.train), setup.place(dataset.validation)
+    freed_memory = steps.FreedMemory()
 
     with stop_signals() as check_stop:
         try:
@@ -173,6 +174,7 @@ def train(
                     rundir.write_history(workdir, progress.history)
                     tensorboard.epoch(record)
                 display.epoch(record, progress.stopping)
+                freed_memory.give_back()
 
             checkpoints.wait()
             best_step = checkpoints.find('best')

@@ -184,6 +184,7 @@ def set_up(config: ConfigDict) -> Setup:
         ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
     """
     steps.keep_compiled_programs(decoded.cache_directory() / 'compiled')
+    steps.spread_convolutions()
     steps.keep_freed_memory()
     dataset = data.load(config)
     devices = steps.run_devices(config.num_devices)

@@ -6,6 +6,7 @@ what the best one gives on the test split. A line for each; exit code 1 where on
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flax_dlvc import rundir
 from flax_dlvc.checkpoint import Checkpoints, Progress
@@ -39,8 +40,7 @@ def verify(workdir: Path) -> Iterator[Finding]:
                 continue
             if result and step == _best_step(progress, result['best_epoch']):
                 test = evaluate(setup, state.variables, setup.place(setup.dataset.test))
-                same = all(test.get(key) == value for key, value in result['test'].items())
-                yield 'result.json', None if same else f'the checkpoint of step {step} gives {test}'
+                yield 'result.json', _compare_result(result['test'], test, step)
                 result = None
     if result:
         yield 'result.json', f'no whole checkpoint of its best epoch {result["best_epoch"]} is left'
@@ -50,6 +50,11 @@ def verify(workdir: Path) -> Iterator[Finding]:
 
 def _best_step(progress: Progress, best_epoch: int) -> int | None:
     return next((record['step'] for record in progress.history if record['epoch'] == best_epoch), None)
+
+
+def _compare_result(said: dict[str, Any], test: dict[str, Any], step: int) -> str | None:
+    wrong = [f'{key} {test.get(key)}, not {value}' for key, value in said.items() if test.get(key) != value]
+    return f'the checkpoint of step {step} gives {"; ".join(wrong)}' if wrong else None
 
 
 def _compare_history(workdir: Path, progress: Progress) -> str | None:

@@ -50,8 +50,8 @@ def test_the_innermost_phase_gets_the_seconds_and_compiling_its_own(tmp_path):
     profile.summary()
     seconds = profile.seconds
     assert seconds['compile'] == pytest.approx(0.11)
-    assert 0.1 <= seconds['evaluation'] < 0.15
-    assert 0.04 <= seconds['input and host'] < 0.1
+    assert 0.1 <= seconds['evaluation'] < 0.3
+    assert 0.04 <= seconds['input and host'] < 0.3
     assert profile.num_programs == 1
 
 

@@ -171,12 +171,6 @@ def kernel_gradient(x: jax.Array, g: jax.Array, geometry: Geometry) -> jax.Array
         unread = jnp.zeros((c, o), x.dtype)
         positions = itertools.product(range(kh), range(kw))
         return jnp.stack([parts.get(position, unread) for position in positions]).reshape(kh, kw, c, o)
-    if geometry.size == geometry.output:  # stride 1: KW column shifts of x times KH row shifts of g, all at once
-        (top, _), (left, _) = geometry.pads
-        columns = jnp.stack([pad_axis(x, 2, left - j, j - left) for j in range(kw)], axis=3)
-        rows = jnp.stack([pad_axis(g, 1, i - top, top - i) for i in range(kh)], axis=3)
-        product = jnp.dot(columns.reshape(-1, kw * c).T, rows.reshape(-1, kh * o))
-        return product.reshape(kw, c, kh, o).transpose(2, 0, 1, 3)
     pads = [
         (low, kernel + (outputs - 1) * stride - size - low)
         for outputs, size, kernel, stride, (low, _) in zip(geometry.output, *geometry, strict=True)
@@ -196,9 +190,8 @@ convolve.defvjp(
 class Conv(nn.Module):
     """`nn.Conv` for maps (B, H, W, C), without groups and dilation: same parameters, same results.
 
-    On a CPU, forward pass, input gradient and kernel gradient each take the faster of several routes for their shape.
-    2x2x256, forward and backward: 60x; kernel gradients of large maps: 1.4-2.2x; ResNet18's whole training step: 14x,
-    the CNN's, together with `max_pool`: 2x.
+    On a CPU, forward pass, input gradient and kernel gradient each take the faster of two routes for their shape; the
+    convolutions among them want `steps.spread_convolutions`. 2x2x256, forward and backward: 60x.
     """
 
     features: int

@@ -1,0 +1,160 @@
+"""The commands in the documentation run: every `sh` block of docs/ and of the README, in order, in one directory."""
+
+import importlib
+import re
+import shlex
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from flax_dlvc.config import parse_command_line, validate
+from flax_dlvc.errors import STOP_SIGNALS, run_command
+
+# What a command cannot be run for here, by how it begins. The config and the fields that it names are checked.
+NOT_RUN = {
+    './launch.sh': 'makes an environment; .ci/run begins with it, and tests/test_launch.py runs it',
+    'exec ./launch.sh': 'likewise',
+    'sbatch': 'needs SLURM, for which tests/test_launch.py has a stand-in',
+    'mpirun': 'needs Open MPI, for which tests/test_launch.py has a stand-in',
+    'COORDINATOR_ADDRESS': 'needs two hosts; tests/test_distributed.py has two processes',
+    'pip install': 'changes the environment',
+    'tensorboard': 'is a server, and not of this package',
+    'tfds build': 'needs TensorFlow and the network',
+    'python -m flax_dlvc.main --config configs/cnn.py --config.dataset=fashion_mnist': 'needs what TensorFlow prepares',
+    'python -m flax_dlvc.data --dataset cifar10': 'needs the official archive; tests/test_archive.py makes small ones',
+    'python -m benchmarks': 'takes minutes to hours; tests/test_benchmarks.py runs the smallest sizes',
+}
+
+# Besides the flags of a small run: one epoch, and a ViT that compiles in no time.
+SMALLER_STILL = {
+    'num_epochs': 1,
+    'model.embed_dim': 16,
+    'model.hidden_dim': 16,
+    'model.num_heads': 2,
+    'model.num_layers': 1,
+    'model.patch_size': 8,
+}
+
+# What the commands leave behind, among other things.
+WRITTEN = (
+    'runs/quickstart/curves.png',
+    'seen.png',
+    'comparison.png',
+    'runs/study/report.html',
+    'exported/model.jax',
+    'explained/0000_photo.png',
+)
+
+
+def pages():
+    """The site's pages in the order of its menu, then the README."""
+    index = ROOT / 'docs' / 'index.md'
+    names = [line for block in re.findall(r'```{toctree}\n(.*?)```', index.read_text(), re.S) for line in block.split()]
+    listed = [ROOT / 'docs' / f'{name}.md' for name in names]
+    found = [index, *(page for page in listed if page.exists()), ROOT / 'README.md']
+    with_commands = [page for page in ROOT.glob('docs/**/*.md') if '```sh' in page.read_text()]
+    assert set(with_commands) <= set(found)
+    return found
+
+
+def commands():
+    """Each command once, with its page; a line of a block, or several joined by backslashes."""
+    found = {}
+    for page in pages():
+        for block in re.findall(r'^```sh\n(.*?)^```', page.read_text(), re.S | re.M):
+            for line in block.replace('\\\n', ' ').splitlines():
+                words = tuple(shlex.split(line, comments=True))
+                if words:
+                    found.setdefault(words, page.name)
+    return [(page, words) for words, page in found.items()]
+
+
+def begin_of_not_run(words):
+    return next((begin for begin in NOT_RUN if re.match(rf'{re.escape(begin)}\b', ' '.join(words))), None)
+
+
+def check_config(words):
+    """That the config file which a command names is there, and takes the fields that it sets."""
+    fields = [word for word in words if word.startswith('--config.')]
+    for file in (word for word in words if re.fullmatch(r'configs/\w+\.py', word)):
+        parse_command_line(['', '--config', file, *fields], lambda _: None)
+
+
+def smaller(words, small_flags):
+    """The command on a fifth of the digits for an epoch, unless its own flags say otherwise; of a study one run."""
+    words = list(words)
+    if '--config' in words:
+        after = words.index('--config') + 2
+        return words[:after] + small_flags + words[after:]
+    if 'flax_dlvc.study' in words and '--rebuild' not in words:
+        return [*words, '--models=cnn', '--regularizations=none', '--seeds=1', *small_flags]
+    return words
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory with the configs and the images that the pages speak of."""
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    digits, labels = load_digits(return_X_y=True)
+    for number, (digit, label) in enumerate(zip(digits[:60], labels, strict=False)):
+        names = [f'photos/digit_{label}/{number}.png']
+        names += ['photo.jpg', 'photo.png', 'holiday/1.png', 'scans/1.png'] if number == 0 else []
+        for path in map(tmp_path.joinpath, names):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(15 * digit.reshape(8, 8))).resize((80, 60)).save(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quick_compilation():
+    """Programs that run for a second are not worth optimising; none of them is left to other tests."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+    jax.clear_caches()
+
+
+def run(words, monkeypatch):
+    """Runs `python -m MODULE ARGUMENT …` in this process, where all is imported already; returns the exit code."""
+    assert words[:2] == ['python', '-m'], f'{shlex.join(words)} neither runs nor is it in NOT_RUN'
+    monkeypatch.setattr(sys, 'argv', words[2:])
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(importlib.import_module(words[2]).main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return ended.value.code
+
+
+def test_commands_in_the_documentation_run(workplace, quick_compilation, small_run_flags, monkeypatch, capsys):
+    small_flags = [*small_run_flags, *(f'--config.{field}={value}' for field, value in SMALLER_STILL.items())]
+    not_run = set()
+    for page, words in commands():
+        check_config(words)
+        if begin := begin_of_not_run(words):
+            not_run.add(begin)
+            continue
+        code = run(smaller(words, small_flags), monkeypatch)
+        assert code == 0, f'{page}: {shlex.join(words)}: {capsys.readouterr().err}'
+    assert not_run == set(NOT_RUN), 'some of NOT_RUN is on no page any more'
+    assert all((workplace / name).stat().st_size for name in WRITTEN)
+
+
+def test_configs_in_the_documentation_are_valid():
+    texts = [page.read_text() for page in pages()]
+    blocks = [block for text in texts for block in re.findall(r'^```python\n(.*?)^```', text, re.S | re.M)]
+    scripts = [block for block in blocks if 'get_config' in block]
+    assert scripts
+    for script in scripts:
+        names = {}
+        exec(script, names)
+        validate(names['get_config']())
