@@ -167,7 +167,9 @@ def test_a_signal_while_jax_is_imported(tmp_path, start, small_run_flags):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(tmp_path, start, command, small_run_flags):
+def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(
+    config, whole_run, tmp_path, start, command, small_run_flags
+):
     """The two arrive together: the second one while the first waits for the end of a step."""
     arguments = (*ARGUMENTS, '--workdir', tmp_path / 'run', *small_run_flags, '--config.num_epochs=2')
     arguments = (*arguments, '--config.dropout_rate=0.3', '--config.augment.random_mirror=True')
@@ -181,6 +183,6 @@ def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(tmp_path, 
     assert process.wait(10) in (-signal.SIGINT, 143)  # 143: it was quicker
     done = command(*arguments)
     assert (done.returncode, done.stderr) == (0, '')
-    done = command(*arguments, '--workdir', tmp_path / 'whole')
-    assert (done.returncode, done.stderr) == (0, '')
-    check(tmp_path / 'whole', tmp_path / 'run')
+    if not (whole_run / 'result.json').exists():
+        loop.run(config, whole_run)
+    check(whole_run, tmp_path / 'run')
