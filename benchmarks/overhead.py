@@ -17,16 +17,24 @@ import numpy as np
 
 from benchmarks.throughput import Contender, serve
 
-# Prints the time when the first training step is complete, and leaves.
+# Prints the time when the first training step is complete, whatever else goes on beside it, and leaves.
 _FIRST_STEP = """
-import os, sys, time
+import os, sys, threading, time
 import jax
-from flax_dlvc import loop, main
-def note(self, step, sums):
+from flax_dlvc import main
+from flax_dlvc.setup import Setup
+train_step = Setup.train_step.fget
+def note(sums):
     jax.block_until_ready(sums)
     print(time.time(), flush=True)
     os._exit(0)
-loop.Monitor.note = note
+def noted_train_step(self):
+    def step(*arguments):
+        state, sums = train_step(self)(*arguments)
+        threading.Thread(target=note, args=(sums,)).start()
+        return state, sums
+    return step
+Setup.train_step = property(noted_train_step)
 main.main(['main', *sys.argv[1:]])
 """
 

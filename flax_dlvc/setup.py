@@ -115,8 +115,10 @@ class Setup:
 
     @cached_property
     def _create_state(self) -> Callable[..., steps.TrainState]:
-        # Compiled as a whole: operation by operation, compiling takes up to seven times as long.
-        return jax.jit(self._initialize, out_shardings=self.replicated)
+        # Compiled as a whole: operation by operation, compiling takes up to seven times as long. It runs once, so LLVM
+        # need not work hard: to the same bits, a CNN's takes 0.7 s instead of 1.9, a ResNet18's 2.1 instead of 5.0.
+        options = {'xla_backend_optimization_level': 1} if self.devices[0].platform == 'cpu' else None
+        return jax.jit(self._initialize, out_shardings=self.replicated, compiler_options=options)
 
     @cached_property
     def abstract_state(self) -> steps.TrainState:
