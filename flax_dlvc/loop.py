@@ -98,6 +98,7 @@ def train_and_rewind(
     while True:
         state, progress = restore_or_start(setup, checkpoints, display)
         if progress.history and distributed.is_main():
+            rundir.adopt(workdir, config)
             # A process may have ended between its last save and this file.
             rundir.write_history(workdir, progress.history)
         rewinds = max(rewinds, progress.rewinds)

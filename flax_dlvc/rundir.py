@@ -39,8 +39,10 @@ _RESULT = {
 def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     """Whether `config` may run in a directory; writes nothing.
 
+    A finished run may be given more epochs where its schedule does not depend on their number.
+
     Returns:
-        The result of the finished run that the directory holds, or None.
+        The result of the finished run that the directory holds, or None: there is something left to do.
 
     Raises:
         ConfigError: the directory holds a run of another config, or something that is not a run.
@@ -56,13 +58,23 @@ def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
         if (workdir / 'checkpoints').exists() or (workdir / 'result.json').exists():
             raise ConfigError(f'{workdir} holds a run without its config.json; choose another --workdir')
         return None
-    differing = config_module.differing_fields(config, read_config(workdir))
+    stored, result = read_config(workdir), read_result(workdir)
+    differing = config_module.differing_fields(config, stored)
+    if differing == ['num_epochs'] and config.schedule.name in ('constant', 'exponential'):
+        # No epoch depends on how many there are to be: the same run, longer, or cut short before its end.
+        if result is None and config.num_epochs >= len(read_history(workdir)):
+            return None
+        if result is not None and config.num_epochs > stored.num_epochs:
+            if result['stopped_early']:
+                return result
+            if any(workdir.glob('checkpoints/*')):
+                return None
     if differing:
         raise ConfigError(
             f'{workdir} holds a run of another config, which differs in {", ".join(differing)}; '
             'choose another --workdir or remove it'
         )
-    return read_result(workdir)
+    return result
 
 
 def create(workdir: Path, config: ConfigDict) -> None:
@@ -80,6 +92,13 @@ def create(workdir: Path, config: ConfigDict) -> None:
     if not os.access(workdir, os.W_OK):
         raise ConfigError(f'cannot write {workdir}: permission denied; choose another --workdir')
     write_text(workdir / 'config.json', config_module.to_json(config))
+
+
+def adopt(workdir: Path, config: ConfigDict) -> None:
+    """Has a run that `check` let go on with another number of epochs be that run: without the result of the other."""
+    if config.num_epochs != read_config(workdir).num_epochs:
+        (workdir / 'result.json').unlink(missing_ok=True)  # first: with the new config it would end the run
+        write_text(workdir / 'config.json', config_module.to_json(config))
 
 
 def write_dataset(workdir: Path, dataset: data.Dataset) -> None:

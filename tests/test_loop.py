@@ -289,6 +289,20 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_finished_run_that_is_given_more_epochs_ends_with_the_same_bits(small_config, tmp_path):
+    small_config.dropout_rate = 0.3
+    small_config.ema_decay = 0.9
+    small_config.num_epochs = 3
+    loop.run(small_config, tmp_path / 'whole')
+    for small_config.num_epochs in (1, 3):
+        result = loop.run(small_config, tmp_path / 'longer')
+        assert result['epochs_run'] == small_config.num_epochs
+        assert json.loads((tmp_path / 'longer' / 'config.json').read_text())['num_epochs'] == small_config.num_epochs
+    assert result == json.loads((tmp_path / 'whole' / 'result.json').read_text())
+    assert read_history(tmp_path / 'longer') == read_history(tmp_path / 'whole')
+    jax.tree.map(np.testing.assert_array_equal, *(restore_latest(tmp_path / name) for name in ('whole', 'longer')))
+
+
 def test_saves_within_an_epoch(small_config, tmp_path):
     small_config.num_epochs = 1
     small_config.keep_checkpoints = 10

@@ -10,6 +10,16 @@ from flax_dlvc import rundir
 from flax_dlvc.errors import ConfigError, StorageError
 
 TEST = {'accuracy': 0.5, 'mean_class_accuracy': 0.5, 'cross_entropy': 1.5, 'per_class_accuracy': [0.5, 0.5, None]}
+RECORD = {
+    'epoch': 1,
+    'step': 4,
+    'train_loss': 1.5,
+    'train_accuracy': 0.5,
+    'validation_loss': None,
+    'validation_accuracy': None,
+    'learning_rate': 0.001,
+    'images_per_second': 99.5,
+}
 RESULT = {
     'config_name': 'cnn',
     'dataset': 'digits',
@@ -117,6 +127,46 @@ def test_execution_fields_may_differ(workdir, config):
     config.num_devices, config.steps_per_call = 3, 7
     config.evaluation_batch_size, config.keep_checkpoints = 99, 2
     assert rundir.check(workdir, config) is None
+
+
+def test_a_finished_run_may_be_given_more_epochs(workdir, config):
+    rundir.write_result(workdir, RESULT)
+    config.num_epochs += 1
+    refused('differs in num_epochs;', rundir.check, workdir, config)  # without a checkpoint it would begin anew
+    (workdir / 'checkpoints' / '4').mkdir(parents=True)
+    assert rundir.check(workdir, config) is None
+    rundir.write_result(workdir, RESULT | {'stopped_early': True})
+    assert rundir.check(workdir, config)['stopped_early']
+    config.num_epochs -= 2
+    refused('differs in num_epochs;', rundir.check, workdir, config)
+    config.num_epochs += 2
+    config.seed = 1
+    refused('differs in num_epochs, seed;', rundir.check, workdir, config)
+
+
+def test_an_unfinished_run_may_be_given_fewer_epochs_than_it_was_to_have(workdir, config):
+    rundir.write_history(workdir, [RECORD | {'epoch': epoch} for epoch in (1, 2)])
+    config.num_epochs = 2
+    assert rundir.check(workdir, config) is None
+    config.num_epochs = 1
+    refused('differs in num_epochs;', rundir.check, workdir, config)
+
+
+def test_another_number_of_epochs_is_another_run_where_the_schedule_ends_with_the_last(tmp_path, config):
+    config.schedule.name = 'cosine'
+    rundir.create(tmp_path, config)
+    config.num_epochs += 1
+    refused('differs in num_epochs;', rundir.check, tmp_path, config)
+
+
+def test_adopting_another_number_of_epochs(workdir, config):
+    rundir.write_result(workdir, RESULT)
+    rundir.adopt(workdir, config)
+    assert rundir.read_result(workdir) == RESULT
+    config.num_epochs += 1
+    rundir.adopt(workdir, config)
+    assert names(workdir) == ['config.json']
+    assert rundir.read_config(workdir).num_epochs == config.num_epochs
 
 
 @pytest.mark.parametrize('name', ['checkpoints', 'result.json'])
