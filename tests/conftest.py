@@ -45,6 +45,16 @@ SMALL_RUN = {
 }
 
 
+def make_config(**fields: Any) -> ConfigDict:
+    """The default config on digits; a field's dots are double underscores."""
+    from configs import default
+
+    config = default.get_config()
+    config.dataset = 'digits'
+    config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in fields.items()})
+    return config
+
+
 def read_history(workdir: Path) -> list[dict[str, Any]]:
     """A run's metrics.jsonl without the one field that is a time."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
@@ -74,6 +84,14 @@ def restore_latest(workdir: Path) -> Any:
     setup = set_up(rundir.read_config(workdir))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore(checkpoints.steps[-1], setup.abstract_state)[0]
+
+
+@pytest.fixture(scope='session')
+def digits() -> Any:
+    """The embedded dataset."""
+    from flax_dlvc import data
+
+    return data.load(make_config())
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_config
 from PIL import Image
 
-from configs import default
 from flax_dlvc import archive, data, decoded
 from flax_dlvc.errors import ConfigError
 
@@ -24,19 +24,7 @@ def refused(match, call, *arguments):
     return str(caught.value)
 
 
-def make_config(**fields):
-    config = default.get_config()
-    config.dataset = 'digits'
-    config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in fields.items()})
-    return config
-
-
 # Digits
-
-
-@pytest.fixture(scope='module')
-def digits():
-    return data.load(make_config())
 
 
 def test_digits_are_scikit_learns(digits):
@@ -679,7 +667,7 @@ def test_cache_directory(monkeypatch):
 
 @pytest.mark.skipif(not CIFAR10.is_dir() or CIFAR10.parent == Path(), reason='TFDS_DATA_DIR holds no prepared cifar10')
 def test_real_cifar10():
-    dataset = data.load(default.get_config())
+    dataset = data.load(make_config(dataset='cifar10'))
     splits = (dataset.train, dataset.validation, dataset.test)
     assert [split.images.shape for split in splits] == [(size, 32, 32, 3) for size in (40_000, 10_000, 10_000)]
     train = np.concatenate([dataset.train.images, dataset.validation.images])

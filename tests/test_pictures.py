@@ -4,22 +4,10 @@ import io
 
 import numpy as np
 import pytest
+from conftest import make_config
 from PIL import Image
 
-from configs import default
 from flax_dlvc import data, pictures
-
-
-def make_config(**fields):
-    config = default.get_config()
-    config.dataset = 'digits'
-    config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in fields.items()})
-    return config
-
-
-@pytest.fixture(scope='module')
-def digits():
-    return data.load(make_config())
 
 
 def test_without_augmentation_training_sees_the_datasets_images(digits):
