@@ -135,10 +135,9 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
     lines = [
         'Images/s of ours over those of PyTorch, both from equal weights, the configs with dropout, AdamW (PyTorch:',
         'its fused one). PyTorch computes in bfloat16 by autocast.',
-        '`best` is the better of eager and channels-last within each turn. What limits ours on a CPU: convolutions of',
-        "three input channels, and what lies between convolutions, a fifth of a ResNet18's forward pass; XLA",
-        'multiplies bfloat16 no faster than float32. Of the memory a good part is free, and kept: returning it costs',
-        'time.',
+        '`best` is the better of eager and channels-last within each turn. What limits ours on a CPU: convolutions,',
+        "nine tenths of a ResNet18's forward pass, the one of three input channels most; XLA multiplies bfloat16 no",
+        'faster than float32. Of the memory a good part is free, and kept: returning it costs time.',
     ]
     for phase, title in (('train', 'Training step'), ('evaluate', 'Evaluation step')):
         rows = []
