@@ -510,3 +510,11 @@ def test_trivial_augment_takes_small_and_grey_images(shape):
     augmentation = jax.jit(jax.vmap(make_augmentation(config, MEAN), (0, None)))
     images = augmentation(jax.random.split(jax.random.key(0), 200), jnp.full(shape, 0.5))
     assert images.shape == (200, *shape) and np.isfinite(images).all() and np.min(images) >= 0 and np.max(images) <= 1
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3])
+def test_luminance_weighs_colours_and_averages_other_channels(channels):
+    image = np.random.default_rng(0).integers(0, 256, (5, 4, channels)).astype(np.float32)
+    weights = {1: [1], 2: [0.5, 0.5], 3: [0.299, 0.587, 0.114]}[channels]
+    expected = np.floor(np.average(image, axis=-1, weights=weights)[..., None] + 0.5)
+    np.testing.assert_array_equal(augment.luminance(jnp.asarray(image)), expected)
