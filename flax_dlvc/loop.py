@@ -97,10 +97,10 @@ def train_and_rewind(
     rewinds = 0
     while True:
         state, progress = restore_or_start(setup, checkpoints, display)
-        if progress.history and distributed.is_main():
+        if distributed.is_main():
             rundir.adopt(workdir, config)
-            # A process may have ended between its last save and this file.
-            rundir.write_history(workdir, progress.history)
+            if progress.history:  # a process may have ended between its last save and this file
+                rundir.write_history(workdir, progress.history)
         rewinds = max(rewinds, progress.rewinds)
         slower = setup.variant(learning_rate=config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)

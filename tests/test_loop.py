@@ -294,6 +294,8 @@ def test_a_finished_run_that_is_given_more_epochs_ends_with_the_same_bits(small_
     small_config.ema_decay = 0.9
     small_config.num_epochs = 3
     loop.run(small_config, tmp_path / 'whole')
+    small_config.num_epochs = 2
+    rundir.create(tmp_path / 'longer', small_config)  # as if stopped in its first epoch
     for small_config.num_epochs in (1, 3):
         result = loop.run(small_config, tmp_path / 'longer')
         assert result['epochs_run'] == small_config.num_epochs
