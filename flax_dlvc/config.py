@@ -243,6 +243,9 @@ EXECUTION_FIELDS = (
     'steps_per_call',
 )
 
+# Schedules in which no epoch depends on how many there are to be: a longer run begins with the shorter one.
+OPEN_ENDED_SCHEDULES = ('constant', 'exponential')
+
 
 def differing_fields(left: ConfigDict, right: ConfigDict) -> list[str]:
     """Dotted names of the fields that make two runs different ones."""

@@ -60,21 +60,24 @@ def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
         return None
     stored, result = read_config(workdir), read_result(workdir)
     differing = config_module.differing_fields(config, stored)
-    if differing == ['num_epochs'] and config.schedule.name in ('constant', 'exponential'):
-        # No epoch depends on how many there are to be: the same run, longer, or cut short before its end.
-        if result is None and config.num_epochs >= len(read_history(workdir)):
-            return None
-        if result is not None and config.num_epochs > stored.num_epochs:
-            if result['stopped_early']:
-                return result
-            if any(workdir.glob('checkpoints/*')):
-                return None
+    if differing == ['num_epochs'] and _length_may_change(workdir, config, stored, result):
+        return result if result and result['stopped_early'] else None
     if differing:
         raise ConfigError(
             f'{workdir} holds a run of another config, which differs in {", ".join(differing)}; '
             'choose another --workdir or remove it'
         )
     return result
+
+
+def _length_may_change(workdir: Path, config: ConfigDict, stored: ConfigDict, result: dict[str, Any] | None) -> bool:
+    """Whether a run can go on, or be cut short before its end, with as many epochs as `config` says."""
+    if config.schedule.name not in config_module.OPEN_ENDED_SCHEDULES:
+        return False
+    if result is None:
+        return config.num_epochs >= len(read_history(workdir))
+    can_go_on = result['stopped_early'] or any(workdir.glob('checkpoints/*'))
+    return config.num_epochs > stored.num_epochs and can_go_on
 
 
 def create(workdir: Path, config: ConfigDict) -> None:
