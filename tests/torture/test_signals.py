@@ -34,9 +34,16 @@ def own_handlers():
 
 
 @pytest.fixture(scope='module')
-def whole_run(tmp_path_factory):
-    """The directory of a run that nothing stopped, by name of its config."""
+def whole_directory(tmp_path_factory):
     return tmp_path_factory.mktemp('whole') / 'run'
+
+
+@pytest.fixture
+def whole_run(config, whole_directory):
+    """The directory of a run that nothing stopped, which the tests share."""
+    if not (whole_directory / 'result.json').exists():
+        loop.run(config, whole_directory)
+    return whole_directory
 
 
 def run(config, workdir, capsys):
@@ -86,8 +93,6 @@ PHASES = {
 
 @pytest.mark.parametrize('phase', PHASES)
 def test_a_signal_in_every_phase(config, whole_run, tmp_path, monkeypatch, capsys, phase):
-    if not (whole_run / 'result.json').exists():
-        loop.run(config, whole_run)
     owner, name, call, step = PHASES[phase]
     number = STOP_SIGNALS[list(PHASES).index(phase) % 2]
     with monkeypatch.context() as patch:
@@ -133,8 +138,6 @@ ABRUPT_PHASES = tuple(PHASES)[4:15] if 'FLAX_DLVC_KILLS' in os.environ else ('va
 @pytest.mark.parametrize('phase', ABRUPT_PHASES)
 def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, small_run_flags, capsys, phase):
     """It ends the process there and then, by its own default, and the run goes on from what was saved before."""
-    if not (whole_run / 'result.json').exists():
-        loop.run(config, whole_run)
     flags = (*small_run_flags, '--config.num_epochs=2', '--config.dropout_rate=0.3')
     flags = (*flags, '--config.augment.random_mirror=True')
     first, second = STOP_SIGNALS if list(PHASES).index(phase) % 2 else STOP_SIGNALS[::-1]
@@ -168,7 +171,7 @@ def test_a_signal_while_jax_is_imported(tmp_path, start, small_run_flags):
 
 
 def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(
-    config, whole_run, tmp_path, start, command, small_run_flags
+    whole_run, tmp_path, start, command, small_run_flags
 ):
     """The two arrive together: the second one while the first waits for the end of a step."""
     arguments = (*ARGUMENTS, '--workdir', tmp_path / 'run', *small_run_flags, '--config.num_epochs=2')
@@ -183,6 +186,4 @@ def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(
     assert process.wait(10) in (-signal.SIGINT, 143)  # 143: it was quicker
     done = command(*arguments)
     assert (done.returncode, done.stderr) == (0, '')
-    if not (whole_run / 'result.json').exists():
-        loop.run(config, whole_run)
     check(whole_run, tmp_path / 'run')
