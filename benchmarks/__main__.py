@@ -136,8 +136,8 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
         'Images/s of ours over those of PyTorch, both from equal weights, the configs with dropout, AdamW (PyTorch:',
         'its fused one). PyTorch computes in bfloat16 by autocast.',
         '`best` is the better of eager and channels-last within each turn. What limits ours on a CPU: convolutions,',
-        "nine tenths of a ResNet18's forward pass, the one of three input channels most; XLA multiplies bfloat16 no",
-        'faster than float32. Of the memory a good part is free, and kept: returning it costs time.',
+        'that of few input channels most, and products of bfloat16 (figures in LOG.md). Of the memory a good part is',
+        'free, and kept: returning it costs time.',
     ]
     for phase, title in (('train', 'Training step'), ('evaluate', 'Evaluation step')):
         rows = []
@@ -204,8 +204,8 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
         'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training',
         'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
         'on batches that lie ready. What limits the loop is what every epoch costs, however short: the save beside its',
-        'first steps, and memory that is given back to the kernel and touched again, together one to three seconds for',
-        'the ViT, whose epochs here are a tenth of the real ones.',
+        'first steps, and on a CPU memory that is given back to the kernel and touched again. It weighs ten times in',
+        "the ViT's epochs here, which are a tenth of the real ones.",
         '',
         *markdown_table(head, rows),
     ]
