@@ -13,6 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from flax_dlvc import answers, tables
 from flax_dlvc.config import parse_command_line, validate
 from flax_dlvc.errors import STOP_SIGNALS, run_command
 
@@ -158,3 +159,23 @@ def test_configs_in_the_documentation_are_valid():
         names = {}
         exec(script, names)
         validate(names['get_config']())
+
+
+def test_results_are_those_of_the_runs_beside_them():
+    cells = tables.group(tables.read_runs(ROOT / 'docs' / 'results' / 'runs'))
+    assert (ROOT / 'docs' / 'results' / 'table.md').read_text() == tables.to_markdown(cells)
+    assert (ROOT / 'docs' / 'results' / 'answers.md').read_text() == answers.to_answers(cells)
+    # Of the README's rows: model, runs, accuracy and cross-entropy.
+    rows = re.findall(
+        r'^\| (\w+), [^|]* \| (\d+) \| ([^|]*) \|[^|]*\| ([^|]*) \|', (ROOT / 'README.md').read_text(), re.M
+    )
+    expected = [
+        (
+            tables.model_title(cell.model),
+            str(len(cell.finished)),
+            tables.mean_and_deviation(cell.values('accuracy'), tables.percent),
+            tables.mean_and_deviation(cell.values('cross_entropy'), '{:.3f}'.format),
+        )
+        for cell in cells
+    ]
+    assert sorted(rows) == sorted(expected)
