@@ -34,9 +34,9 @@ def worker(model: str, num_devices: int, connection: Connection) -> None:
     import jax
 
     jax.config.update('jax_num_cpu_devices', num_devices)
-    from flax_dlvc import decoded, steps
+    from flax_dlvc import decoded, runtime, steps
 
-    steps.keep_compiled_programs(decoded.cache_directory() / 'compiled')
+    runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
     setup = synthetic_setup(importlib.import_module(f'configs.{model}_dropout').get_config(), num_devices)
     split = setup.place(setup.dataset.train)
     holder = [setup.create_state()]

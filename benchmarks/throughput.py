@@ -41,10 +41,10 @@ def synthetic_split() -> tuple[np.ndarray, np.ndarray]:
 
 def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
     """A `Setup` on the synthetic split and the first devices."""
-    from flax_dlvc import data, setup, steps
+    from flax_dlvc import data, runtime, setup, steps
 
-    steps.spread_convolutions()
-    steps.keep_freed_memory()
+    runtime.spread_convolutions()
+    runtime.keep_freed_memory()
     split = data.Split(*synthetic_split())
     names = tuple(map(str, range(10)))
     dataset = data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)

@@ -15,7 +15,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from flax_dlvc import data, distributed, rundir, steps, stopping
+from flax_dlvc import data, distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, describe_origin, evaluate, predict
@@ -127,7 +127,7 @@ def train(
     """The run proper, from a state to its result."""
     config, dataset = setup.config, setup.dataset
     train_split, validation_split = setup.place(dataset.train), setup.place(dataset.validation)
-    freed_memory = steps.FreedMemory()
+    freed_memory = runtime.FreedMemory()
 
     with stop_signals() as check_stop:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from flax_dlvc import checkpoint, data, decoded, optim, steps
+from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
 from flax_dlvc.augment import make_augmentation, make_mixing
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Sums
@@ -185,9 +185,9 @@ def set_up(config: ConfigDict) -> Setup:
     Raises:
         ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
     """
-    steps.keep_compiled_programs(decoded.cache_directory() / 'compiled')
-    steps.spread_convolutions()
-    steps.keep_freed_memory()
+    runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
+    runtime.spread_convolutions()
+    runtime.keep_freed_memory()
     dataset = data.load(config)
     devices = steps.run_devices(config.num_devices)
     for field in ('batch_size', 'evaluation_batch_size'):

@@ -24,9 +24,9 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 
-from flax_dlvc import steps
+from flax_dlvc import runtime
 
-steps.spread_convolutions()  # in this process as in those that it starts, to the same bits
+runtime.spread_convolutions()  # in this process as in those that it starts, to the same bits
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_compilation_cache_dir', str(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled')))

@@ -1,0 +1,74 @@
+"""What XLA and glibc are told before a run starts, and glibc again while it lasts: more speed, the same formulas."""
+
+import ctypes
+import os
+import platform
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+# glibc's malloc.h: no mapping of its own for a large buffer, never trim the heap, one heap for all threads.
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
+TRIM_INTERVAL = 10.0  # seconds; a run of shorter epochs would lose a tenth of its time by one after each
+
+# XLA's option for what YNNPACK computes on a CPU; an unknown name or value ends the process, hence the versions.
+YNNPACK_FLAG = '--xla_cpu_experimental_ynn_fusion_type'
+YNNPACK_VERSIONS = ((0, 10), (0, 13))  # of jaxlib, from the first to below the second
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Turns on JAX's persistent compilation cache, unless the user has chosen a directory for it."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update('jax_compilation_cache_dir', str(directory))
+
+
+def spread_convolutions() -> None:
+    """Has Eigen compute convolutions on a CPU, on all cores; XLA's default, YNNPACK, computes each on a single one.
+
+    On two cores a convolution takes half the time, and the gradient for its kernel may be one too (`models.layers`): a
+    CNN's training step 1.8x as fast, a ResNet18's 1.1x. Has no effect once a backend is in use, nor where the user has
+    chosen; other backends do not read the option.
+    """
+    flags = os.environ.get('XLA_FLAGS', '')
+    first, last = YNNPACK_VERSIONS
+    if YNNPACK_FLAG not in flags and first <= jaxlib.version.__version_info__[:2] < last:
+        os.environ['XLA_FLAGS'] = f'{flags} {YNNPACK_FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'.lstrip()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what XLA frees on a CPU, until `FreedMemory` gives it back.
+
+    XLA allocates a step's temporaries anew each time. Returned to the kernel, every page of them faults again: half of
+    a ViT's step, a quarter of a ResNet18's, a third of a CNN's (LOG.md). A thread's own heap is returned whatever glibc
+    is told, so there is only one: to be called before JAX starts its backend's threads.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return
+    libc = ctypes.CDLL(None)
+    # Asking JAX for its backend would start the threads; beside an accelerator they compile, each with a heap.
+    if jax.config.jax_platforms == 'cpu' or not entry_points(group='jax_plugins'):  # type: ignore[attr-defined]
+        libc.mallopt(M_ARENA_MAX, 1)
+    if jax.default_backend() == 'cpu':
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+class FreedMemory:
+    """Gives what lies free of the kept memory back to the kernel now and then, so that fragments do not add up.
+
+    It costs as much time as the memory that the next steps touch for the first time: a step at most.
+    """
+
+    def __init__(self) -> None:
+        self._trim = ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == 'glibc' else None
+        self._time = time.monotonic()
+
+    def give_back(self) -> None:
+        """Gives it back, `TRIM_INTERVAL` after the last time at the earliest."""
+        if self._trim is None or time.monotonic() - self._time < TRIM_INTERVAL:
+            return
+        self._trim(0)
+        self._time = time.monotonic()

@@ -1,0 +1,72 @@
+"""What is told to XLA and glibc holds where it is meant to, and leaves alone what the user or the version rules out."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import jaxlib.version
+import pytest
+
+from flax_dlvc import runtime
+
+CONVOLUTION = """
+import os
+import resource
+
+import jax
+import jax.numpy as jnp
+
+from flax_dlvc import runtime
+
+runtime.spread_convolutions()
+runtime.spread_convolutions()
+runtime.keep_freed_memory()
+convolve = jax.jit(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), 'SAME'))
+x, kernel = jnp.ones((64, 64, 32, 32)), jnp.ones((64, 64, 3, 3))
+print('ynn' in convolve.lower(x, kernel).compile().as_text(), os.environ['XLA_FLAGS'])
+increment = jax.jit(lambda x: x + 1)
+x = jnp.ones((16, 1024, 1024))  # 64 MiB: glibc always maps more than 32 anew, unless told otherwise
+faults = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(increment(x))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
+"""
+
+
+def first_lines(**environment):
+    process = subprocess.run(
+        [sys.executable, '-c', CONVOLUTION],
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return process.stdout.splitlines()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="mallopt is glibc's")
+def test_convolutions_use_all_cores_and_freed_memory_is_kept():
+    """In a process of its own: both have to come before JAX's first use of a device."""
+    program, faults = first_lines(XLA_FLAGS='--xla_cpu_enable_fast_math=false')
+    option = f'{runtime.YNNPACK_FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
+    assert program == f'False --xla_cpu_enable_fast_math=false {option}'
+    assert int(faults) < 100  # of the 16,384 pages of the result
+
+
+def test_convolutions_stay_as_the_user_has_chosen(monkeypatch):
+    chosen = f'{runtime.YNNPACK_FLAG}=LIBRARY_FUSION_TYPE_DOT'
+    monkeypatch.setenv('XLA_FLAGS', chosen)
+    runtime.spread_convolutions()
+    assert os.environ['XLA_FLAGS'] == chosen
+
+
+@pytest.mark.parametrize('version', [(0, 9, 2), (0, 13, 0)])
+def test_convolutions_are_left_alone_where_the_option_is_not_known(version, monkeypatch):
+    """XLA ends the process on an unknown one."""
+    monkeypatch.setattr(jaxlib.version, '__version_info__', version)
+    monkeypatch.delenv('XLA_FLAGS', raising=False)
+    runtime.spread_convolutions()
+    assert 'XLA_FLAGS' not in os.environ
