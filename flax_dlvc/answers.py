@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from flax_dlvc import tables
-from flax_dlvc.tables import CROP_SCALE, Cell
+from flax_dlvc import results, tables
+from flax_dlvc.results import CROP_SCALE, REGULARIZATIONS, Cell
 
 
 def to_answers(cells: Sequence[Cell]) -> str:
     """answers.md: the report's question 1.3 and its two open ones, as far as the runs answer them."""
     text = '# What the runs say\n'
-    for dataset, members in tables.datasets(cells).items():
+    for dataset, members in results.datasets(cells).items():
         known = [cell for cell in members if cell.finished]
         where = f' ({tables.escape_markdown(dataset)})'
         text += (
@@ -31,7 +31,7 @@ NOT_ENOUGH = '**not enough runs to say**'
 def verdict(left: Cell, right: Cell, metric: str = 'accuracy') -> str:
     """Says whether `left` is better than `right`, with the evidence, or that this cannot be said."""
     a, b = left.values(metric), right.values(metric)
-    difference = tables.difference_of_means(a, b)
+    difference = results.difference_of_means(a, b)
     shown = f'{tables.signed(difference, 100)} points of accuracy ({len(a)} against {len(b)} seeds)'
     if difference.interval is None:
         return f'{shown}: {NOT_ENOUGH}, an interval takes two seeds of each'
@@ -93,7 +93,7 @@ def crop_scales(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
         if len({crop_scale(cell) for cell in members}) > 1:
             found.append(
                 (
-                    f'{tables.model_title(members[0].model)}, {tables.REGULARIZATIONS[members[0].regularization]}',
+                    f'{results.model_title(members[0].model)}, {REGULARIZATIONS[members[0].regularization]}',
                     members,
                 )
             )
@@ -134,7 +134,7 @@ def _combination(cells: Sequence[Cell]) -> str:
         for other in ('dropout', 'augment'):
             single = next((c for c in cells if _is_part(c, cell, other)), None)
             if single:
-                lines.append(f'* {cell.title}, against {tables.REGULARIZATIONS[other]} alone: {verdict(cell, single)}.')
+                lines.append(f'* {cell.title}, against {REGULARIZATIONS[other]} alone: {verdict(cell, single)}.')
     if not lines:
         return f'No model has both the combination and one of its parts: {NOT_ENOUGH}.\n'
     epochs = sorted({cell.config.num_epochs for cell in cells})

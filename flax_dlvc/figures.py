@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_dlvc import answers, pictures, tables
+from flax_dlvc import answers, pictures, results
 from flax_dlvc.errors import StorageError
-from flax_dlvc.tables import Cell
+from flax_dlvc.results import Cell
 
 ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 STYLE: Any = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'flax_dlvc'}
@@ -39,11 +39,11 @@ def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
 
 
 def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, Any]]:
-    for dataset, members in tables.datasets(cells).items():
+    for dataset, members in results.datasets(cells).items():
         suffix = '' if dataset == 'cifar10' else f'_{dataset.replace("/", "_")}'
-        for model, title in tables.MODELS.items():
+        for model, title in results.MODELS.items():
             # A picture compares regularisations; the axes that a study varied besides have pictures of their own.
-            plain = [c for c in members if c.model == model and tables.CROP_SCALE not in c.settings]
+            plain = [c for c in members if c.model == model and results.CROP_SCALE not in c.settings]
             with_history = [cell for cell in plain if any(run.history for run in cell.runs)]
             if with_history:
                 caption = (
@@ -90,12 +90,12 @@ def curves(cells: Sequence[Cell]) -> Any:
 
 
 def _short_title(cell: Cell) -> str:
-    title = tables.REGULARIZATIONS[cell.regularization].replace(' and ', '\nand ')
+    title = results.REGULARIZATIONS[cell.regularization].replace(' and ', '\nand ')
     seeds = len(cell.runs)
     return f'{title}\n{seeds} seed{"s" * (seeds != 1)}' + (f', {cell.config.num_epochs} epochs at most')
 
 
-def compare(runs: Sequence[tables.Run]) -> Any:
+def compare(runs: Sequence[results.Run]) -> Any:
     """Loss and accuracy by epoch, a colour per run; train dashed, validation solid."""
     from matplotlib.figure import Figure
 
@@ -116,7 +116,7 @@ def compare(runs: Sequence[tables.Run]) -> Any:
     return figure
 
 
-def _curve(axes: Any, runs: Sequence[tables.Run], key: str, colour: str, style: str, label: str) -> None:
+def _curve(axes: Any, runs: Sequence[results.Run], key: str, colour: str, style: str, label: str) -> None:
     histories = [[record[key] for record in run.history] for run in runs if run.history]
     epochs = range(1, max(map(len, histories)) + 1)
     by_epoch = [[history[epoch - 1] for history in histories if len(history) >= epoch] for epoch in epochs]
@@ -133,7 +133,7 @@ def confusion(cells: Sequence[Cell]) -> Any:
     """A matrix per cell, in percent of each row, summed over the seeds."""
     from matplotlib.figure import Figure
 
-    names = tables.class_names(cells)
+    names = results.class_names(cells)
     columns = min(2, len(cells))
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(4.1 * columns, 4.3 * rows), layout='constrained')
@@ -142,7 +142,7 @@ def confusion(cells: Sequence[Cell]) -> Any:
         matrices = [run.evaluation['confusion_matrix'] for run in cell.finished if 'confusion_matrix' in run.evaluation]
         counts = np.sum(matrices, axis=0)
         pictures.draw_confusion(axes, counts, names)
-        axes.set_title(tables.REGULARIZATIONS[cell.regularization], fontsize=9)
+        axes.set_title(results.REGULARIZATIONS[cell.regularization], fontsize=9)
     for axes in list(grid):
         axes.remove()
     return figure
@@ -160,7 +160,7 @@ def crop_scale(series: Sequence[tuple[str, list[Cell]]]) -> Any:
         ][number % 4]  # fmt: skip
         scales = list(map(answers.crop_scale, cells))
         values = [[100 * value for value in cell.values('accuracy')] for cell in cells]
-        deviations = [tables.deviation(runs) or 0.0 for runs in values]
+        deviations = [results.deviation(runs) or 0.0 for runs in values]
         means = [statistics.fmean(runs) for runs in values]
         axes.errorbar(scales, means, deviations, color=colour, marker=marker, linestyle=style, capsize=3, label=title)
         for scale, runs in zip(scales, values, strict=True):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_dlvc import answers, config, tables
-from flax_dlvc.tables import Cell, Run
+from flax_dlvc import answers, config, results, tables
+from flax_dlvc.results import Cell, Run
 
 
 def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]]) -> str:
@@ -30,11 +30,11 @@ def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]
     columns = [*tables.COLUMNS[:-1], ('Seconds per epoch', _seconds), tables.COLUMNS[-1]]
     return (
         environment.get_template('report.html').render(
-            datasets=tables.datasets(cells),
+            datasets=results.datasets(cells),
             columns=columns,
             sort_key=_sort_key,
-            per_class=lambda cell: [tables.percent(accuracy, 1) for accuracy in tables.per_class(cell)],
-            class_names=tables.class_names,
+            per_class=lambda cell: [tables.percent(accuracy, 1) for accuracy in results.per_class(cell)],
+            class_names=results.class_names,
             caption=tables.CAPTION,
             answers=_blocks(answers.to_answers(cells)),
             figures=[(caption, _data_uri(workdir / 'figures' / f'{stem}.svg')) for stem, caption in drawn],
@@ -51,12 +51,12 @@ def command(run: Run) -> str:
     """The shell command that repeats a run."""
     ours = config.flatten(run.config)
     known = [
-        tables.config_name(model, regularization)
-        for model in tables.MODELS
-        for regularization in tables.REGULARIZATIONS
+        results.config_name(model, regularization)
+        for model in results.MODELS
+        for regularization in results.REGULARIZATIONS
     ]
     name = run.config.name if run.config.name in known else 'default'
-    theirs = config.flatten(tables.base_config(name))
+    theirs = config.flatten(results.base_config(name))
     flags = [
         f'--config.{f}={ours[f]}' for f in ours if f not in ('name', *config.EXECUTION_FIELDS) and ours[f] != theirs[f]
     ]

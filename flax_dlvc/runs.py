@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_dlvc import rundir, tables
+from flax_dlvc import results, rundir, tables
 from flax_dlvc.config import flatten
 from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, run_command
 
@@ -49,7 +49,7 @@ def describe(directory: Path, workdir: Path) -> dict[str, Any]:
         (*RESULTS, 'epochs_run', 'failure')
     )
     try:
-        run = tables.read_run(directory, workdir)
+        run = results.read_run(directory, workdir)
         validated = [line for line in run.history if line['validation_accuracy'] is not None]
         best = max(validated, key=lambda line: line['validation_accuracy'], default=None)
         state = 'diverged' if rundir.has_diverged(workdir) else 'stopped'
@@ -132,7 +132,7 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
 
     paths = [directory / name if (directory / name).is_dir() else Path(name) for name in names]
     runs = [
-        dataclasses.replace(tables.read_run(path.parent, path), name=name)
+        dataclasses.replace(results.read_run(path.parent, path), name=name)
         for name, path in zip(names, paths, strict=True)
     ]
     left, right = (flatten(run.config) for run in runs)

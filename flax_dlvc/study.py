@@ -5,8 +5,6 @@
 report.html. A run is an ordinary run directory, DIR/CELL/seed_N.
 """
 
-import ast
-import dataclasses
 import itertools
 import os
 import shlex
@@ -22,130 +20,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-import configs
-from flax_dlvc import distributed, rundir, tables
-from flax_dlvc.config import differing_fields, flatten, parse_command_line
+from flax_dlvc import distributed, results, rundir, tables
+from flax_dlvc.config import differing_fields
 from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, StoppedError, StorageError, run_command
-from flax_dlvc.tables import MODELS, REGULARIZATIONS
+from flax_dlvc.grid import Planned, plan
+from flax_dlvc.results import MODELS, REGULARIZATIONS
 
 if TYPE_CHECKING:
     from flax_dlvc.report import Display
     from flax_dlvc.setup import Setup
-
-# The grid
-
-
-@dataclasses.dataclass
-class Planned:
-    """A run of the grid, and how far it is."""
-
-    cell: str
-    config: ConfigDict
-    directory: Path
-    flags: tuple[str, ...]  # what makes the config file this config, besides the seed
-    state: str = 'waiting'  # then 'running', 'finished' or 'failed'
-    epochs: int = 0
-    best: float | None = None
-    seconds_per_epoch: float | None = None
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments of `python` that carry out this run alone."""
-        seed = (f'--config.seed={self.config.seed}',) if self.config.seed else ()
-        arguments = (*self.flags, *seed, f'--workdir={self.directory}')
-        return ['-m', 'flax_dlvc.main', f'--config={_config_file(self.config.name)}', *arguments]
-
-    @property
-    def epochs_left(self) -> int:
-        """At most; it may stop early."""
-        return 0 if self.state in ('finished', 'failed') else self.config.num_epochs - self.epochs
-
-
-def _config_file(name: str) -> Path:
-    return Path(configs.__path__[0]) / f'{name}.py'
-
-
-def plan(
-    workdir: Path,
-    *,
-    models: Sequence[str],
-    regularizations: Sequence[str],
-    seeds: int,
-    overrides: Sequence[str] = (),
-    vary: Sequence[str] = (),
-) -> list[Planned]:
-    """The grid, seeds innermost.
-
-    Args:
-        workdir: the study's directory.
-        models: names of `MODELS`.
-        regularizations: names of `REGULARIZATIONS`.
-        seeds: how many, from 0 on.
-        overrides: '--config.FIELD=VALUE' for every run.
-        vary: 'FIELD=V1,V2,…': an axis each. FIELD_min and FIELD_max are the ends of a (lowest, highest) field.
-
-    Raises:
-        ConfigError: a name, field or value is wrong.
-    """
-    axes = [[(field, value) for value in values] for field, values in map(_parse_axis, vary)]
-    grid: list[Planned] = []
-    for model, regularization in itertools.product(models, regularizations):
-        name = tables.config_name(model, regularization)
-        base = _parse_config(name, overrides)
-        for point in itertools.product(*axes):
-            flags, labels = list(overrides), []
-            for field, value in point:
-                if field.startswith('augment.random_resized_crop_') and not base.augment.random_resized_crop:
-                    continue  # it changes nothing where nothing is cropped
-                flag = _axis_flag(field, value, base)
-                if flatten(_parse_config(name, [*overrides, flag])) != flatten(base):
-                    flags.append(flag)
-                    labels.append(f'{field}={value}')
-            cell = ','.join([name, *labels])
-            if any(planned.cell == cell for planned in grid):
-                continue
-            for seed in range(seeds):
-                config = _parse_config(name, [*flags, f'--config.seed={seed}'])
-                grid.append(Planned(cell, config, workdir / cell / f'seed_{seed}', tuple(flags)))
-    return grid
-
-
-def _parse_config(name: str, flags: Sequence[str]) -> ConfigDict:
-    return parse_command_line(['study', f'--config={_config_file(name)}', *flags], lambda _: None).config
-
-
-def _parse_axis(text: str) -> tuple[str, list[str]]:
-    """'FIELD=V1,V2' to the field and its values; commas inside brackets belong to a value."""
-    field, equals, values = text.partition('=')
-    if not equals or not values or '/' in text:
-        raise ConfigError(f'--vary takes FIELD=V1,V2,…, not {text!r}')
-    parts, depth = [''], 0
-    for character in values:
-        depth += (character in '([') - (character in ')]')
-        if character == ',' and depth == 0:
-            parts.append('')
-        else:
-            parts[-1] += character
-    if '' in parts:
-        raise ConfigError(f'--vary {text!r} has an empty value')
-    if field in ('seed', 'name', 'model.name'):
-        raise ConfigError(f'--vary cannot vary {field}; see --seeds and --models')
-    return field, list(dict.fromkeys(parts))
-
-
-def _axis_flag(field: str, value: str, base: ConfigDict) -> str:
-    """The flag that sets a field, or one end of a (lowest, highest) field, to a value."""
-    fields = flatten(base)
-    stem, _, end = field.rpartition('_')
-    if field in fields or not isinstance(fields.get(stem), tuple) or end not in ('min', 'max'):
-        return f'--config.{field}={value}'
-    lowest, highest = fields[stem]
-    try:
-        number = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        raise ConfigError(f'{field} must be a number, not {value!r}') from None
-    return f'--config.{stem}={(number, highest) if end == "min" else (lowest, number)}'
-
 
 # Carrying it out
 
@@ -312,7 +195,7 @@ class Board:
 
     def follow(self, planned: Planned) -> None:
         """Reads how far a run is from its directory."""
-        run = tables.read_run(planned.directory.parent.parent, planned.directory)
+        run = results.read_run(planned.directory.parent.parent, planned.directory)
         planned.epochs = len(run.history)
         planned.best = max((record['validation_accuracy'] for record in run.history), default=None)
         planned.seconds_per_epoch = run.seconds_per_epoch
@@ -465,8 +348,8 @@ def write(workdir: Path, config: ConfigDict | None = None) -> None:
     """
     from flax_dlvc import answers, figures, page
 
-    runs = tables.read_runs(workdir)
-    cells = tables.group(runs)
+    runs = results.read_runs(workdir)
+    cells = results.group(runs)
     for name, text in (
         ('table.md', tables.to_markdown(cells)),
         ('table.csv', tables.to_csv(cells)),

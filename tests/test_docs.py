@@ -1,5 +1,6 @@
-"""The commands in the documentation run: every `sh` block of docs/ and of the README, in order, in one directory."""
+"""What the documentation says holds: its commands run, in order, in one directory; its results and files are there."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -13,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flax_dlvc import answers, tables
+from flax_dlvc import answers, results, tables
 from flax_dlvc.config import parse_command_line, validate
 from flax_dlvc.errors import STOP_SIGNALS, run_command
 
@@ -174,10 +175,36 @@ def test_configs_in_the_documentation_are_valid():
 
 
 def test_results_are_those_of_the_runs_beside_them():
-    cells = tables.group(tables.read_runs(ROOT / 'docs' / 'results' / 'runs'))
+    cells = results.group(results.read_runs(ROOT / 'docs' / 'results' / 'runs'))
     assert (ROOT / 'docs' / 'results' / 'table.md').read_text() == tables.to_markdown(cells)
     assert (ROOT / 'docs' / 'results' / 'answers.md').read_text() == answers.to_answers(cells)
     columns = [column for column in tables.COLUMNS if column[0] in README_COLUMNS]
     rows = [[text(cell) for _, text in columns] for cell in cells]
     in_readme = re.search(r'^\| Model \|.*?\n(?=\n)', (ROOT / 'README.md').read_text(), re.S | re.M)
     assert in_readme and in_readme[0] == tables.markdown(README_COLUMNS, rows)
+
+
+def test_imports_point_up_the_list_of_files():
+    """Those inside functions, too. The one exception is the README's: the command `data --show` draws."""
+    listed = re.findall(r'^\| \[.*?\]\(flax_dlvc/(\w+)', (ROOT / 'README.md').read_text(), re.M)
+    found = {path.stem for path in (ROOT / 'flax_dlvc').iterdir() if path.suffix == '.py' or path.name == 'models'}
+    assert sorted(listed) == sorted(found - {'__init__'})
+    downwards = {
+        (module, imported)
+        for place, module in enumerate(listed)
+        for path in (ROOT / 'flax_dlvc').glob(f'{module}/*.py' if module == 'models' else f'{module}.py')
+        for imported in imports_of(path) & set(listed[place + 1 :])
+    }
+    assert downwards == {('data', 'pictures')}
+
+
+def imports_of(path):
+    """The package's modules that a file imports, by name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == 'flax_dlvc':
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('flax_dlvc.'):
+            names.add(node.module.split('.')[1])
+        assert not (isinstance(node, ast.Import) and any(a.name.startswith('flax_dlvc') for a in node.names)), path
+    return names

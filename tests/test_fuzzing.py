@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from test_archive import examples, members, write_tar
 
 from configs import default
-from flax_dlvc import config, interop, loop, rundir, runs, tables
+from flax_dlvc import config, interop, loop, results, rundir, runs, tables
 from flax_dlvc.archive import read_archive
 from flax_dlvc.errors import CommandError
 from flax_dlvc.evaluate import main as evaluate_main
@@ -155,7 +155,7 @@ def test_text_files_of_a_run(folder, whole_run, data):
 
 
 def tabulate(folder):
-    cells = tables.group(tables.read_runs(folder))
+    cells = results.group(results.read_runs(folder))
     tables.to_markdown(cells)
     tables.to_csv(cells)
 

@@ -128,9 +128,11 @@ def test_compare_draws_and_names_what_differs(folder, tmp_path, capsys):
 
 
 def test_compare_draws_a_line_per_run_and_split(folder):
-    from flax_dlvc import figures, tables
+    from flax_dlvc import figures, results
 
-    figure = figures.compare([tables.read_run(folder, folder / 'a'), tables.read_run(folder, folder / 'deeper' / 'b')])
+    figure = figures.compare(
+        [results.read_run(folder, folder / 'a'), results.read_run(folder, folder / 'deeper' / 'b')]
+    )
     history = rundir.read_history(folder / 'a')
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[1].get_lines()}
     assert lines['a, validation'] == [line['validation_accuracy'] for line in history]

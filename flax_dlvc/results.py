@@ -1,0 +1,293 @@
+"""From run directories to cells and their statistics; reads nothing else, so that they can be rebuilt anywhere.
+
+A study is a directory of `CELL/seed_N` run directories. A cell is a setting that was run with one or more seeds.
+"""
+
+import dataclasses
+import importlib
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import default
+from flax_dlvc import rundir
+from flax_dlvc.config import differing_fields, flatten
+from flax_dlvc.errors import ConfigError
+
+MODELS = {'resnet18': 'ResNet18', 'cnn': 'CNN', 'vit': 'ViT'}
+REGULARIZATIONS = {
+    'none': 'none',
+    'dropout': 'dropout',
+    'augment': 'augmentation',
+    'dropout_augment': 'dropout and augmentation',
+}
+
+# The report's Table 1: accuracy (fraction) and cross-entropy (nats) on CIFAR-10's test images, one run each.
+REPORT = {
+    ('resnet18', 'none'): (0.7167, 1.51),
+    ('resnet18', 'dropout'): (0.7069, 1.37),
+    ('resnet18', 'augment'): (0.5977, 2.36),
+    ('cnn', 'none'): (0.7016, 1.17),
+    ('cnn', 'dropout'): (0.7167, 0.85),
+    ('cnn', 'augment'): (0.5963, 1.49),
+    ('vit', 'none'): (0.6349, 1.27),
+    ('vit', 'dropout'): (0.6398, 1.23),
+    ('vit', 'augment'): (0.561, 1.34),
+}
+CROP_SCALE = 'augment.random_resized_crop_scale'
+
+
+# Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A difference of means and its 95 % confidence interval, None where there are too few runs to have one."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The sample standard deviation (n - 1); None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def difference_to_constant(values: Sequence[float], constant: float) -> Difference:
+    """Mean of the values minus a constant, with Student's interval on n - 1 degrees of freedom."""
+    value = statistics.fmean(values) - constant
+    if len(values) < 2:
+        return Difference(value, None)
+    return Difference(value, _interval(value, statistics.variance(values) / len(values), len(values) - 1))
+
+
+def difference_of_means(left: Sequence[float], right: Sequence[float]) -> Difference:
+    """Mean of `left` minus mean of `right`, with Welch's interval (Welch 1947), which lets the variances differ."""
+    value = statistics.fmean(left) - statistics.fmean(right)
+    if min(len(left), len(right)) < 2:
+        return Difference(value, None)
+    a, b = statistics.variance(left) / len(left), statistics.variance(right) / len(right)
+    degrees = (a + b) ** 2 / (a**2 / (len(left) - 1) + b**2 / (len(right) - 1)) if a + b else 1
+    return Difference(value, _interval(value, a + b, degrees))
+
+
+def _interval(value: float, squared_error: float, degrees: float) -> tuple[float, float]:
+    from scipy.special import stdtrit
+
+    margin = float(stdtrit(degrees, 0.975)) * math.sqrt(squared_error)
+    return value - margin, value + margin
+
+
+# Runs and cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory as it was found; `result` is None while the run is not finished."""
+
+    name: str  # the directory below the study's
+    config: ConfigDict
+    history: tuple[dict[str, Any], ...]
+    result: dict[str, Any] | None
+    evaluation: dict[str, Any]  # evaluation-test.json; empty where there is none
+    failure: str
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """All that is known of the test split."""
+        return self.evaluation | (self.result or {}).get('test', {})
+
+    @cached_property
+    def epoch_seconds(self) -> list[float]:
+        """Time that the training steps of each epoch take, by its images/s; epochs without one are left out."""
+        seconds, previous = [], 0
+        for record in self.history:
+            if record['images_per_second'] > 0:
+                seconds.append((record['step'] - previous) * self.config.batch_size / record['images_per_second'])
+            previous = record['step']
+        return seconds
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Median time that an epoch's training steps take."""
+        return statistics.median(self.epoch_seconds) if self.epoch_seconds else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The runs of one setting, which differ in their seeds alone.
+
+    `settings` are the fields that differ from the config file, with its value behind ours.
+    """
+
+    name: str
+    model: str
+    regularization: str
+    settings: dict[str, tuple[Any, Any]]
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> ConfigDict:
+        """That of the first run."""
+        return self.runs[0].config
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's name."""
+        return self.config.dataset
+
+    @cached_property
+    def finished(self) -> list[Run]:
+        """The runs that have a result."""
+        return [run for run in self.runs if run.result]
+
+    def values(self, metric: str) -> list[float]:
+        """A metric of the test split by finished run, where it was recorded."""
+        return [run.test[metric] for run in self.finished if run.test.get(metric) is not None]
+
+    @property
+    def report(self) -> tuple[float, float] | None:
+        """The report's accuracy and cross-entropy, where it has them and they are of the same data."""
+        return REPORT.get((self.model, self.regularization)) if self.dataset == 'cifar10' else None
+
+    @property
+    def variant(self) -> str:
+        """The regularisation, and what else is special."""
+        special = ''.join(f', {field.split(".")[-1]} {plain(ours)}' for field, (ours, _) in self.settings.items())
+        return REGULARIZATIONS[self.regularization] + special
+
+    @property
+    def title(self) -> str:
+        """Model, regularisation and what else is special, for people."""
+        return f'{model_title(self.model)}, {self.variant}'
+
+    @property
+    def note(self) -> str:
+        """What was reduced or changed, and what is missing."""
+        notes = [f'{field} {plain(ours)} (file: {plain(theirs)})' for field, (ours, theirs) in self.settings.items()]
+        if len(self.finished) == 1:
+            notes.append('one run')
+        for run in self.runs:
+            if run.failure:
+                notes.append(f'seed {run.config.seed} failed: {run.failure}')
+            elif not run.result:
+                notes.append(f'seed {run.config.seed} not finished, {len(run.history)} epochs')
+        return '; '.join(notes)
+
+
+def model_title(model: str) -> str:
+    """A model for people; those that are not the report's have no title but their name."""
+    return MODELS.get(model, model)
+
+
+def plain(value: Any) -> str:
+    """A config field's value for people; of a (lowest, highest) field 'LOWEST-HIGHEST'."""
+    return '-'.join(f'{item:g}' for item in value) if isinstance(value, tuple) else str(value)
+
+
+def read_runs(directory: Path) -> list[Run]:
+    """Every run of a study, sorted by name.
+
+    Raises:
+        ConfigError: one of them is damaged.
+    """
+    return [read_run(directory, path.parent) for path in sorted(directory.glob('*/seed_*/config.json'))]
+
+
+def read_run(directory: Path, workdir: Path) -> Run:
+    """Reads the run in `workdir`, which lies below the study's `directory`."""
+    result, history = rundir.read_result(workdir), rundir.read_history(workdir)
+    if result and not 0 < result['best_epoch'] <= len(history):
+        raise ConfigError(f'{workdir} lacks the best epoch of its result in metrics.jsonl; is a file damaged?')
+    return Run(
+        name=workdir.relative_to(directory).as_posix(),
+        config=rundir.read_config(workdir),
+        history=history,
+        result=result,
+        evaluation=rundir.read_test_evaluation(workdir),
+        failure='' if result else rundir.read_failure(workdir),
+    )
+
+
+def group(runs: Iterable[Run]) -> list[Cell]:
+    """Puts runs that differ in nothing but their seed into one cell; sorted as the report's table is."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        for members in groups:
+            same_cell = run.name.split('/')[0] == members[0].name.split('/')[0]
+            if same_cell and set(differing_fields(run.config, members[0].config)) <= {'seed'}:
+                members.append(run)
+                break
+        else:
+            groups.append([run])
+    return sorted((_cell(members) for members in groups), key=_order)
+
+
+def _cell(runs: list[Run]) -> Cell:
+    config = runs[0].config
+    model = config.model.name
+    augmented = config.augment.random_resized_crop or config.augment.random_mirror
+    by_fields = '_'.join(['dropout'] * (config.dropout_rate > 0) + ['augment'] * augmented) or 'none'
+    by_name = {config_name(model, regularization): regularization for regularization in REGULARIZATIONS}
+    base = base_config(config.name) if config.name in by_name else default.get_config()
+    ours, theirs = flatten(config), flatten(base)
+    ignored = ('name', 'seed', 'dataset', 'model.name')
+    return Cell(
+        name=runs[0].name.split('/')[0],
+        model=model,
+        regularization=by_name.get(config.name, by_fields),
+        settings={f: (ours[f], theirs[f]) for f in differing_fields(config, base) if f not in ignored},
+        runs=tuple(sorted(runs, key=lambda run: run.config.seed)),
+    )
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    models = [*MODELS, cell.model]  # others come last
+    return (
+        cell.dataset,
+        models.index(cell.model),
+        list(REGULARIZATIONS).index(cell.regularization),
+        len(cell.settings),
+        [(field, str(ours)) for field, (ours, _) in cell.settings.items()],
+    )
+
+
+def config_name(model: str, regularization: str) -> str:
+    """The config file's stem of a cell."""
+    return model if regularization == 'none' else f'{model}_{regularization}'
+
+
+def base_config(name: str) -> ConfigDict:
+    """What a config file of the package says."""
+    config = importlib.import_module(f'configs.{name}').get_config()
+    config.name = name
+    return config
+
+
+def class_names(cells: Sequence[Cell]) -> list[str]:
+    """The names of the classes, or their numbers where no run recorded them."""
+    for cell in cells:
+        for run in cell.finished:
+            return run.evaluation.get('class_names') or list(map(str, range(len(run.test['per_class_accuracy']))))
+    return []
+
+
+def per_class(cell: Cell) -> list[float | None]:
+    """Accuracy of each class, averaged over the finished runs."""
+    by_run = [run.test['per_class_accuracy'] for run in cell.finished]
+    return [None if None in values else statistics.fmean(values) for values in zip(*by_run, strict=True)]
+
+
+def datasets(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells by dataset: no table mixes two."""
+    return {name: [cell for cell in cells if cell.dataset == name] for name in sorted({c.dataset for c in cells})}
