@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     config.on_divergence = 'stop'  # or 'rewind': back to the last checkpoint, with half the learning rate
     config.max_rewinds = 3  # after which a diverging run stops all the same
 
-    # Execution; these do not change what is computed beyond floating-point rounding
-    config.num_devices = 0  # local devices to use; 0 is all
+    # Execution
+    config.num_devices = 0  # local devices to use, 0 is all; moves dropout masks, and batch norm if not synchronised
     config.steps_per_call = 0  # training steps per compiled call; 0 is 1 on a CPU and 50 on an accelerator
     return config

@@ -32,12 +32,20 @@ def verdict(left: Cell, right: Cell, metric: str = 'accuracy') -> str:
     """Says whether `left` is better than `right`, with the evidence, or that this cannot be said."""
     a, b = left.values(metric), right.values(metric)
     difference = results.difference_of_means(a, b)
-    shown = f'{tables.signed(difference, 100)} points of accuracy ({len(a)} against {len(b)} seeds)'
+    shown = f'{tables.signed(difference, 100)} points of accuracy (seeds: {len(a)} against {len(b)})'
     if difference.interval is None:
-        return f'{shown}: {NOT_ENOUGH}, an interval takes two seeds of each'
+        return f'{shown}: {NOT_ENOUGH}, an interval needs two seeds of each'
     if not difference.is_clear:
-        return f'{shown}: no clear difference, the interval holds zero'
+        return f'{shown}: no clear difference, the interval contains zero'
     return f'{shown}: {"better" if difference.value > 0 else "worse"}'
+
+
+def _without_partner(cell: Cell, what: str) -> str:
+    return f'* {_title(cell)}: no row {what} has the same settings, {NOT_ENOUGH}.'
+
+
+def _title(cell: Cell) -> str:
+    return tables.escape_markdown(cell.title)
 
 
 def _experiments(cells: Sequence[Cell]) -> str:
@@ -50,9 +58,8 @@ def _experiments(cells: Sequence[Cell]) -> str:
             [
                 cell.title,
                 str(len(cell.finished)),
-                tables.mean_and_deviation([record['train_accuracy'] for record in best], tables.percent),
-                tables.mean_and_deviation([record['validation_accuracy'] for record in best], tables.percent),
-                tables.mean_and_deviation(cell.values('accuracy'), tables.percent),
+                *(_mean([record[f'{split}_accuracy'] for record in best]) for split in ('train', 'validation')),
+                _mean(cell.values('accuracy')),
                 tables.best_epochs(cell),
                 ', '.join(str(run.result['epochs_run']) for run in cell.finished if run.result),
             ]
@@ -63,16 +70,22 @@ def _experiments(cells: Sequence[Cell]) -> str:
     )
 
 
+def _mean(accuracies: Sequence[float | None]) -> str:
+    """In percent; there are runs without validation."""
+    return tables.mean_and_deviation([each for each in accuracies if each is not None], tables.percent)
+
+
 def _against_none(cells: Sequence[Cell]) -> str:
     lines = []
     for cell in cells:
-        plain = _plain(cell, cells)
-        if cell.regularization != 'none' and plain:
-            lines.append(f'* {cell.title}, against none: {verdict(cell, plain)}.')
+        if cell.regularization != 'none':
+            plain = _plain(cell, cells)
+            compared = plain and f'* {_title(cell)}, against none: {verdict(cell, plain)}.'
+            lines.append(compared or _without_partner(cell, 'without regularisation'))
     early = [run for cell in cells for run in cell.finished if run.result and run.result['stopped_early']]
     total = sum(len(cell.finished) for cell in cells)
     lines.append(f'* Early stopping ended {len(early)} of {total} runs before their last epoch.')
-    return '\n'.join(map(_escape_line, lines)) + '\n'
+    return '\n'.join(lines) + '\n'
 
 
 def _plain(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
@@ -81,23 +94,21 @@ def _plain(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
 
 
 def crop_scales(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    """By model and regularisation, the cells that differ in the crop's scale alone, gentlest last; two at least."""
+    """By model and regularisation, cells that differ in the crop's lowest area alone, gentlest last; two at least."""
     series: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         if cell.config.augment.random_resized_crop and cell.finished:
             others = tuple((f, str(pair[0])) for f, pair in cell.settings.items() if f != CROP_SCALE)
-            series.setdefault((cell.model, cell.regularization, others), []).append(cell)
-    found = []
-    for members in series.values():
-        members.sort(key=crop_scale)
-        if len({crop_scale(cell) for cell in members}) > 1:
-            found.append(
-                (
-                    f'{results.model_title(members[0].model)}, {REGULARIZATIONS[members[0].regularization]}',
-                    members,
-                )
-            )
-    return found
+            largest = cell.config.augment.random_resized_crop_scale[1]
+            series.setdefault((cell.model, cell.regularization, largest, others), []).append(cell)
+    return [
+        (
+            f'{results.model_title(members[0].model)}, {REGULARIZATIONS[members[0].regularization]}',
+            sorted(members, key=crop_scale),
+        )
+        for members in series.values()
+        if len(set(map(crop_scale, members))) > 1
+    ]
 
 
 def crop_scale(cell: Cell) -> float:
@@ -106,15 +117,9 @@ def crop_scale(cell: Cell) -> float:
 
 
 def _crop_scale(cells: Sequence[Cell]) -> str:
-    series = crop_scales(cells)
-    if not series:
-        return f'Every run crops alike: {NOT_ENOUGH}. `--vary {CROP_SCALE}_min=0.08,0.25,0.5,0.75` adds the axis.\n'
     lines = []
-    for title, members in series:
-        by_scale = ', '.join(
-            f'{crop_scale(cell):g}: {tables.mean_and_deviation(cell.values("accuracy"), tables.percent)} %'
-            for cell in members
-        )
+    for title, members in crop_scales(cells):
+        by_scale = ', '.join(f'{crop_scale(cell):g}: {_mean(cell.values("accuracy"))} %' for cell in members)
         lines.append(f'* {title}; test accuracy by the lowest area of a crop: {by_scale}.')
         strongest, *gentler = members
         for cell in gentler:
@@ -123,33 +128,42 @@ def _crop_scale(cells: Sequence[Cell]) -> str:
         if plain:
             for cell in gentler:
                 lines.append(f'  * {crop_scale(cell):g} against no regularisation: {verdict(cell, plain)}.')
-    return '\n'.join(map(_escape_line, lines)) + '\n'
+    seen = {members[0].model for _, members in crop_scales(cells)}
+    missing = [model for model in dict.fromkeys(cell.model for cell in cells) if model not in seen]
+    if missing:
+        names = tables.escape_markdown(', '.join(map(results.model_title, missing)))
+        lines.append(
+            f'* {names}: no two rows differ in the lowest area of a crop alone, {NOT_ENOUGH}. '
+            f'`--vary {CROP_SCALE}_min=0.08,0.25,0.5,0.75` adds them.'
+        )
+    return ''.join(f'{line}\n' for line in lines)
 
 
 def _combination(cells: Sequence[Cell]) -> str:
     lines = []
+    compared: set[int] = set()
     for cell in cells:
         if cell.regularization != 'dropout_augment':
             continue
         for other in ('dropout', 'augment'):
             single = next((c for c in cells if _is_part(c, cell, other)), None)
             if single:
-                lines.append(f'* {cell.title}, against {REGULARIZATIONS[other]} alone: {verdict(cell, single)}.')
+                lines.append(f'* {_title(cell)}, against {REGULARIZATIONS[other]} alone: {verdict(cell, single)}.')
+                compared |= {cell.config.num_epochs, single.config.num_epochs}
+            else:
+                lines.append(_without_partner(cell, f'with {REGULARIZATIONS[other]} alone'))
     if not lines:
-        return f'No model has both the combination and one of its parts: {NOT_ENOUGH}.\n'
-    epochs = sorted({cell.config.num_epochs for cell in cells})
-    shown = str(epochs[0]) if len(epochs) == 1 else f'{epochs[0]} to {epochs[-1]}'
-    lines.append(f'* Epochs allowed: {shown}. Of more the runs say nothing.')
-    return '\n'.join(map(_escape_line, lines)) + '\n'
+        return f'No row has both: {NOT_ENOUGH}.\n'
+    if compared:
+        shown = ' or '.join(map(str, sorted(compared)))
+        lines.append(f'* The rows compared here may train for {shown} epochs; of more the runs say nothing.')
+    return '\n'.join(lines) + '\n'
 
 
 def _is_part(single: Cell, both: Cell, regularization: str) -> bool:
-    """Whether `single` has `regularization` alone and is `both` in all else, the crop included where both crop."""
-    dropped = () if 'augment' in regularization else (CROP_SCALE,)
+    """Whether `single` has `regularization` alone and is `both` in all else; in crop and rate, where both have them."""
+    fields = {'augment': CROP_SCALE, 'dropout': 'dropout_rate'}
+    dropped = [field for technique, field in fields.items() if technique not in regularization]
     ours = {field: pair[0] for field, pair in both.settings.items() if field not in dropped}
     theirs = {field: pair[0] for field, pair in single.settings.items()}
     return single.model == both.model and single.regularization == regularization and ours == theirs
-
-
-def _escape_line(line: str) -> str:
-    return line.replace('<', '\\<').replace('|', '\\|')

@@ -125,12 +125,13 @@ def prepare(name: str, data_dir: Path, archive: Path | None) -> Path:
 
     Raises:
         ConfigError: no network; an archive that cannot be read or is not an official one; a `data_dir` that cannot be
-            written.
+            written, or that holds the dataset in part or in another format.
     """
     import tensorflow_datasets as tfds
 
     directory = data_dir / name / str(tfds.builder_cls(name).VERSION)
     if directory.is_dir():
+        _check_prepared(directory, name, data_dir)
         return directory
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -149,6 +150,23 @@ def prepare(name: str, data_dir: Path, archive: Path | None) -> Path:
             f'cannot write {name} to {data_dir} ({error}): make room, or use another directory'
         ) from error
     return directory
+
+
+def _check_prepared(directory: Path, name: str, data_dir: Path) -> None:
+    """Refuses a directory that is there, but not whole or not in files that can be read without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
+
+    try:
+        info = tfds.builder(name, data_dir=data_dir).info
+        usable = bool(info.splits) and info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+    except (OSError, ValueError, ParseError, tfds.core.dataset_info.DatasetInfoFileError):
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f'{directory} holds no whole {name} in ArrayRecord files: move it away, or set TFDS_DATA_DIR to another '
+            'directory'
+        )
 
 
 def _check_official(path: Path, name: str) -> None:

@@ -232,7 +232,8 @@ def _lists_to_tuples(value: Any) -> Any:
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-# Fields that say how a run is carried out, not what it computes; they may differ when a run goes on.
+# Fields that say how a run is carried out; they may differ when it goes on. Two of them change more than rounding:
+# num_devices and accumulate_steps move dropout masks, and the statistics of a batch norm that is not synchronised.
 EXECUTION_FIELDS = (
     'accumulate_steps',
     'checkpoint_every_minutes',

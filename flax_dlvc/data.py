@@ -9,6 +9,8 @@ Shapes: N examples, H height, W width, C channels, S steps, D devices, B example
 import dataclasses
 import hashlib
 import itertools
+import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -199,6 +201,8 @@ def _take(source: '_Digits | Folder | _Tfds', ranges: list[tuple[str, int, int]]
         parts.append(Split(split.images[start:stop], split.labels[start:stop]))
     if len(parts) == 1:
         return parts[0]
+    if len({part.images.shape[1:] for part in parts}) > 1:
+        raise ConfigError(f'splits: {" + ".join(base for base, _, _ in ranges)} hold images of different sizes')
     return Split(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
 
 
@@ -271,7 +275,7 @@ class _Tfds:
 
                 archive.prepare(name, Path(tfds.core.constants.DATA_DIR), None)
                 self._builder = tfds.builder(name)
-        except (OSError, ParseError, tfds.core.dataset_info.DatasetInfoFileError) as error:
+        except (OSError, json.JSONDecodeError, ParseError, tfds.core.dataset_info.DatasetInfoFileError) as error:
             raise ConfigError(f'{name} is damaged in {tfds.core.constants.DATA_DIR}: {error}') from error
         except (tfds.core.DatasetNotFoundError, AssertionError, ValueError, ImportError) as error:
             raise ConfigError(f"dataset {name!r} is neither 'digits', folder:PATH nor a TFDS dataset") from error
@@ -324,7 +328,8 @@ class _Tfds:
             decoded.write(building, f'{self._name} {split}', size, shape, read)
         except NotImplementedError as error:  # TFDS reads single examples of ArrayRecord files alone
             raise ConfigError(
-                f'{self._name} is not prepared as ArrayRecord files; prepare it with file_format="array_record"'
+                f'{self._name} in {source} is not prepared as ArrayRecord files; prepare it with '
+                'file_format="array_record", or set TFDS_DATA_DIR to another directory'
             ) from error
         except (RuntimeError, UnidentifiedImageError) as error:  # of array_record and Pillow
             raise ConfigError(f'{self._name}: {split!r} in {source} is damaged ({error}); prepare it again') from error
@@ -361,7 +366,7 @@ def show(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Prepares CIFAR-10 or CIFAR-100 in the TFDS data directory, or draws what a config's training sees."""
-    if any(argument.lstrip('-').startswith(('config', 'show')) for argument in argv[1:]):
+    if any(re.match('--?(config|show)', argument) for argument in argv[1:]):
         show(argv)
         return
     parser = ArgumentParser(

@@ -37,8 +37,12 @@ class Split:
 
 def cache_directory() -> Path:
     """Where decoded images and compiled programs are kept: FLAX_DLVC_CACHE_DIR, or the user's cache directory."""
-    user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(os.environ.get('FLAX_DLVC_CACHE_DIR') or Path(user_cache) / 'flax_dlvc')
+    if own := os.environ.get('FLAX_DLVC_CACHE_DIR'):
+        return Path(own)
+    try:
+        return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'flax_dlvc'
+    except RuntimeError as error:
+        raise ConfigError(f'no directory for decoded images ({error}): set FLAX_DLVC_CACHE_DIR') from error
 
 
 def load(name: str, fingerprint: str, decode: Callable[[Path], None]) -> Split:
@@ -62,7 +66,7 @@ def load(name: str, fingerprint: str, decode: Callable[[Path], None]) -> Split:
                 cached = _map_arrays(directory, fingerprint)
     except OSError as error:
         raise ConfigError(
-            f'cannot keep decoded images in {directory}: {error.strerror}; set FLAX_DLVC_CACHE_DIR'
+            f'cannot keep decoded images in {directory}: {error.strerror or error}; set FLAX_DLVC_CACHE_DIR'
         ) from error
     if cached is None:
         raise ConfigError(f'{directory} changed while it was written; start again')
@@ -89,7 +93,11 @@ def write(
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    images = np.lib.format.open_memmap(building / 'images.npy', 'w+', np.uint8, (size, *shape))
+    path = building / 'images.npy'
+    images = np.lib.format.open_memmap(path, 'w+', np.uint8, (size, *shape))
+    if hasattr(os, 'posix_fallocate'):  # else a page for which the disk has no room ends the process with SIGBUS
+        with path.open('r+b') as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     labels = np.zeros(size, np.int32)
 
     def fill(indices: Sequence[int]) -> int:
@@ -110,8 +118,11 @@ def write(
 
 
 def _build(directory: Path, fingerprint: str, decode: Callable[[Path], None]) -> None:
-    """Decodes into a new directory that then takes the old one's place."""
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'{directory.name}-') as temporary:
+    """Decodes into a new directory that then takes the old one's place; called by one process at a time."""
+    prefix = f'.{directory.name}-'
+    for left in directory.parent.glob(f'{prefix}*'):  # by a process that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=prefix) as temporary:
         building = Path(temporary) / directory.name
         building.mkdir()
         decode(building)

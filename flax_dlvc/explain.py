@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_dlvc import pictures
 from flax_dlvc.errors import StorageError
 
 # Grad-CAM takes the last map of at least this height and width. The textbook's choice, the very last map, is a single
@@ -107,7 +108,7 @@ def draw(image: np.ndarray, heat: np.ndarray, title: str, path: Path) -> None:
 
     height, width, _ = image.shape
     figure = Figure(figsize=(6, 3.4), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         axes.imshow(image.squeeze(), cmap='gray', vmin=0, vmax=255, extent=(0, width, height, 0))
@@ -116,6 +117,6 @@ def draw(image: np.ndarray, heat: np.ndarray, title: str, path: Path) -> None:
         heat, cmap='inferno', vmin=0, vmax=1, alpha=0.6, interpolation='bilinear', extent=(0, width, height, 0)
     )
     try:
-        figure.savefig(path, dpi=120)
+        pictures.write(figure, path)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror}; free space or choose another --explain') from error

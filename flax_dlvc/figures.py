@@ -17,7 +17,13 @@ from flax_dlvc.errors import StorageError
 from flax_dlvc.results import Cell
 
 ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
-STYLE: Any = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'svg.hashsalt': 'flax_dlvc'}
+STYLE: Any = {
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'svg.hashsalt': 'flax_dlvc',
+    'text.parse_math': False,  # a dollar in a name is one
+}
 NUM_EXAMPLES = 8  # images in the strip
 
 
@@ -42,7 +48,7 @@ def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, A
     for dataset, members in results.datasets(cells).items():
         suffix = '' if dataset == 'cifar10' else f'_{dataset.replace("/", "_")}'
         for model, title in results.MODELS.items():
-            # A picture compares regularisations; the axes that a study varied besides have pictures of their own.
+            # A picture compares regularisations; the crop's scale has one of its own.
             plain = [c for c in members if c.model == model and results.CROP_SCALE not in c.settings]
             with_history = [cell for cell in plain if any(run.history for run in cell.runs)]
             if with_history:
@@ -51,7 +57,7 @@ def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, A
                     'seeds, bands reach from the lowest to the highest; a triangle marks the end of each run.'
                 )
                 yield f'curves_{model}{suffix}', caption, curves(with_history)
-            evaluated = [cell for cell in plain if cell.finished and 'confusion_matrix' in cell.finished[0].evaluation]
+            evaluated = [c for c in plain if any('confusion_matrix' in run.evaluation for run in c.finished)]
             if evaluated:
                 caption = (
                     f'{title} on {dataset}: of the test images of a class (row), the share called each class, in %.'
@@ -91,6 +97,9 @@ def curves(cells: Sequence[Cell]) -> Any:
 
 def _short_title(cell: Cell) -> str:
     title = results.REGULARIZATIONS[cell.regularization].replace(' and ', '\nand ')
+    for field, (ours, _) in cell.settings.items():
+        if field != 'num_epochs':
+            title += f'\n{field.split(".")[-1]} {results.plain(ours)}'
     seeds = len(cell.runs)
     return f'{title}\n{seeds} seed{"s" * (seeds != 1)}' + (f', {cell.config.num_epochs} epochs at most')
 
@@ -106,18 +115,21 @@ def compare(runs: Sequence[results.Run]) -> Any:
         for run, colour in zip(runs, (ORANGE, BLUE, GREEN, PURPLE), strict=False):
             for split, style in (('train', '--'), ('validation', '-')):
                 key = f'{split}_{quantity}'
-                if run.history and run.history[0][key] is not None:  # there are runs without validation
-                    _curve(axes, [run], key, colour, style, f'{run.name}, {split}')
+                _curve(axes, [run], key, colour, style, f'{run.name}, {split}')
         axes.set_xlabel('epoch')
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
     return figure
 
 
 def _curve(axes: Any, runs: Sequence[results.Run], key: str, colour: str, style: str, label: str) -> None:
     histories = [[record[key] for record in run.history] for run in runs if run.history]
+    histories = [history for history in histories if None not in history]  # there are runs without validation
+    if not histories:
+        return
     epochs = range(1, max(map(len, histories)) + 1)
     by_epoch = [[history[epoch - 1] for history in histories if len(history) >= epoch] for epoch in epochs]
     axes.plot(
@@ -202,7 +214,7 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
     size = strip.shape[0]
     images = jax.numpy.stack([strip[:, start : start + size] for start in range(0, strip.shape[1], size)])
     rows = [('as it is', np.asarray(images))]
-    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+    with jax.default_device(pictures.device_for_drawing()):
         for lowest in lowest_areas:
             for draw in range(2):
                 keys = jax.random.split(jax.random.key(draw), (len(images), 2))

@@ -2,10 +2,11 @@
 
 Any size and kind of image becomes 32x32, the size that the models are made for, as `images.read_image` does it for
 predictions too: turned upright, opaque on white, scaled to cover, cropped to the middle. Where every file is greyscale
-there is one channel, else three. Nothing but hidden files is passed over.
+there is one channel, else three. Passed over are hidden files, and beside the folders what has no image's name.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from flax_dlvc import decoded
 from flax_dlvc.decoded import Split
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.images import ImageError, find_images, is_greyscale, read_image
+from flax_dlvc.images import ImageError, has_image_name, is_greyscale, read_image, without_warnings
 
 SIZE = 32  # pixels
 TEST_SHARE = 0.2  # of the images of a folder without a test split of its own
@@ -36,17 +37,21 @@ class Folder:
     """
 
     def __init__(self, path: Path):
-        self._path = path.expanduser()
         try:
+            self._path = path.expanduser()
             folders = _list_folders(self._path)
             if 'train' in folders and _list_folders(folders['train']):  # else a class of that name
                 self.class_names, files = self._read_splits(folders)
+            elif folders and all(_is_split_by_another_name(folder) for folder in folders.values()):
+                raise ConfigError(f'{path} holds {", ".join(folders)}: name them {", ".join(SPLITS)}, train at least')
             else:
                 classes = _list_classes(self._path)
                 self.class_names = tuple(classes)
                 files = self._cut_off_test(classes)
         except OSError as error:
-            raise ConfigError(f'cannot read {error.filename or self._path}: {error.strerror}') from error
+            raise ConfigError(f'cannot read {error.filename or path}: {error.strerror}') from error
+        except RuntimeError as error:  # of `expanduser`
+            raise ConfigError(f'cannot read {path}: {error}') from error
         self.sizes = {split: len(examples) for split, examples in files.items()}
         self._files = [example for examples in files.values() for example in examples]
 
@@ -54,6 +59,7 @@ class Folder:
         for name in folders:
             if name not in SPLITS:
                 raise ConfigError(f'{folders[name]} is beside a folder train, but none of {", ".join(SPLITS)}')
+        _refuse_loose(self._path)
         splits = {split: _list_classes(folders[split]) for split in SPLITS if split in folders}
         class_names = tuple(splits['train'])
         for split, classes in splits.items():
@@ -81,7 +87,7 @@ class Folder:
 
     @cached_property
     def _examples(self) -> Split:
-        place = hashlib.sha256(str(self._path.resolve()).encode()).hexdigest()[:12]
+        place = hashlib.sha256(os.fsencode(self._path.resolve())).hexdigest()[:12]
         try:
             fingerprint = self._fingerprint()
         except OSError as error:
@@ -93,18 +99,18 @@ class Folder:
         digest = hashlib.sha256(f'{SIZE} {self.sizes}'.encode())
         for path, label in self._files:
             status = path.stat()
-            digest.update(f'{path.relative_to(self._path)} {label} {status.st_size} {status.st_mtime_ns}\n'.encode())
+            line = f'{path.relative_to(self._path)} {label} {status.st_size} {status.st_mtime_ns}\n'
+            digest.update(os.fsencode(line))
         return digest.hexdigest()
 
     def _decode(self, building: Path) -> None:
-        channels = 1 if all(_or_complain(is_greyscale, path) for path, _ in self._files) else 3
-        shape = (SIZE, SIZE, channels)
-
         def read(indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
             for path, label in (self._files[index] for index in indices):
                 yield _or_complain(read_image, path, shape), label
 
-        decoded.write(building, str(self._path), len(self._files), shape, read)
+        with without_warnings():
+            shape = (SIZE, SIZE, 1 if all(_or_complain(is_greyscale, path) for path, _ in self._files) else 3)
+            decoded.write(building, str(self._path), len(self._files), shape, read)
 
 
 def _or_complain(read: Callable[..., Any], path: Path, *arguments: Any) -> Any:
@@ -118,26 +124,38 @@ def _list_folders(path: Path) -> dict[str, Path]:
     return {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name[0] != '.'}
 
 
+def _is_split_by_another_name(folder: Path) -> bool:
+    return folder.name.lower().startswith(('train', 'val', 'test')) and bool(_list_folders(folder))
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, links followed; hidden ones aside."""
+
+    def complain(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=complain, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != '.']
+        yield from (Path(root, name) for name in names if name[0] != '.')
+
+
+def _refuse_loose(path: Path) -> None:
+    for file in sorted(path.iterdir()):
+        if file.name[0] != '.' and has_image_name(file) and not file.is_dir():
+            raise ConfigError(f'{file} is in no class; put it into the folder of one')
+
+
 def _list_classes(path: Path) -> dict[str, list[Path]]:
     """The files of each class, at any depth below its folder, in the order of their names' hashes."""
     classes = {}
     for name, folder in _list_folders(path).items():
-        files = [
-            file
-            for file in folder.rglob('*')
-            if file.is_file() and not any(part.startswith('.') for part in file.relative_to(folder).parts)
-        ]
-        if not files:
+        hashed = [(hashlib.sha256(os.fsencode(f'{name}/{file.name}')).digest(), file) for file in _list_files(folder)]
+        if not hashed:
             raise ConfigError(f'{folder} is a class without images; fill it or take it away')
-        classes[name] = [
-            file
-            for _, file in sorted((hashlib.sha256(f'{name}/{file.name}'.encode()).digest(), file) for file in files)
-        ]
+        classes[name] = [file for _, file in sorted(hashed)]
     if len(classes) < 2:
         raise ConfigError(f'{path} needs a folder for each of at least two classes; it has {len(classes)}')
-    loose = [file for file in find_images([str(path)]) if file.parent == path]
-    if loose:
-        raise ConfigError(f'{loose[0]} is in no class; put it into the folder of one')
+    _refuse_loose(path)
     return classes
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import configs
 from flax_dlvc import results
-from flax_dlvc.config import flatten, parse_command_line
+from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line
 from flax_dlvc.errors import ConfigError
 
 
@@ -70,23 +70,30 @@ def plan(
     grid: list[Planned] = []
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
-        base = _parse_config(name, overrides)
         for point in itertools.product(*axes):
-            flags, labels = list(overrides), []
+            flags, labels = {_field_of(flag): flag for flag in overrides}, []
             for field, value in point:
-                if field.startswith('augment.random_resized_crop_') and not base.augment.random_resized_crop:
+                so_far = _parse_config(name, list(flags.values()))
+                if field.startswith('augment.random_resized_crop_') and not so_far.augment.random_resized_crop:
                     continue  # it changes nothing where nothing is cropped
-                flag = _axis_flag(field, value, base)
-                if flatten(_parse_config(name, [*overrides, flag])) != flatten(base):
-                    flags.append(flag)
+                if field == 'dropout_rate' and 'dropout' not in regularization:
+                    continue  # a row without dropout stays one
+                flag = _axis_flag(field, value, so_far)
+                changed = flags | {_field_of(flag): flag}
+                if flatten(_parse_config(name, list(changed.values()))) != flatten(so_far):
+                    flags = changed
                     labels.append(f'{field}={value}')
             cell = ','.join([name, *labels])
             if any(planned.cell == cell for planned in grid):
                 continue
             for seed in range(seeds):
-                config = _parse_config(name, [*flags, f'--config.seed={seed}'])
-                grid.append(Planned(cell, config, workdir / cell / f'seed_{seed}', tuple(flags)))
+                config = _parse_config(name, [*flags.values(), f'--config.seed={seed}'])
+                grid.append(Planned(cell, config, workdir / cell / f'seed_{seed}', tuple(flags.values())))
     return grid
+
+
+def _field_of(flag: str) -> str:
+    return flag.partition('=')[0]
 
 
 def _parse_config(name: str, flags: Sequence[str]) -> ConfigDict:
@@ -109,6 +116,8 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
         raise ConfigError(f'--vary {text!r} has an empty value')
     if field in ('seed', 'name', 'model.name'):
         raise ConfigError(f'--vary cannot vary {field}; see --seeds and --models')
+    if field in EXECUTION_FIELDS:
+        raise ConfigError(f'--vary cannot vary {field}, which does not make another run of it')
     return field, list(dict.fromkeys(parts))
 
 

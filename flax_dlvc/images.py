@@ -8,6 +8,7 @@ import glob
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,15 +26,23 @@ def find_images(names: Iterable[str]) -> Iterator[Path]:
 
     A name that stands for nothing is yielded as it is: reading it says what is wrong with it.
     """
-    extensions = set(Image.registered_extensions())
     for name in names:
         path = Path(name)
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob('*') if file.suffix.lower() in extensions and file.is_file())
-        elif not path.exists() and glob.has_magic(name):
+        try:
+            is_folder, exists = path.is_dir(), path.exists()
+        except OSError:  # no name of a file at all, too long for one
+            is_folder, exists = False, False
+        if is_folder:
+            yield from sorted(file for file in path.rglob('*') if has_image_name(file) and file.is_file())
+        elif not exists and glob.has_magic(name):
             yield from [Path(match) for match in sorted(glob.glob(name, recursive=True))] or [path]  # noqa: PTH207
         else:
             yield path
+
+
+def has_image_name(path: Path) -> bool:
+    """Whether a file's name ends as that of a kind of image that Pillow knows."""
+    return path.suffix.lower() in Image.registered_extensions()
 
 
 def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -49,7 +58,8 @@ def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         (H, W, C) uint8.
 
     Raises:
-        ImageError: missing, unreadable, truncated, or of more than `MAX_PIXELS` pixels.
+        ImageError: missing, unreadable, truncated, of more than `MAX_PIXELS` pixels, or of numbers whose scale nobody
+            knows: floating-point ones, or integers beyond 16 bits.
     """
     height, width, channels = shape
     with _open(path) as image:
@@ -69,11 +79,16 @@ def is_greyscale(path: Path) -> bool:
         return image.mode in ('1', 'L', 'LA', 'F') or image.mode.startswith('I')
 
 
+def without_warnings() -> contextlib.AbstractContextManager[Any]:
+    """Within, Pillow does not warn of files that it reads all the same; for the main thread, around all others."""
+    return warnings.catch_warnings(action='ignore')
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
     """Opens an image file; whatever goes wrong with it until it is closed becomes an `ImageError`."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # we have a limit of our own
+        with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}')
             yield image
@@ -87,8 +102,13 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 def _opaque(image: Image.Image) -> Image.Image:
     """The image with 8 bits per channel, on white where it is transparent."""
-    if image.mode.startswith('I;16'):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == 'F':
+        raise ImageError('its pixels are floating-point numbers; save it with 8 or 16 bits')
+    if image.mode.startswith('I'):  # 16 bits, in some formats as 32
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ImageError('its pixels do not fit into 16 bits; save it with 8 or 16')
+        return Image.fromarray((values >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image
     image = image.convert('RGBA')

@@ -1,6 +1,7 @@
 """A study as one HTML file that fetches nothing."""
 
 import base64
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,9 +88,8 @@ def _blocks(markdown: str) -> list[tuple[str, Any]]:
     """The few kinds of line that `answers.to_answers` writes, for the template: headings, items, tables, paragraphs."""
     blocks: list[tuple[str, Any]] = []
     for line in markdown.splitlines()[1:]:
-        text = line.replace('**', '').replace('`', '')
-        for character in '\\`*<>|':
-            text = text.replace(f'\\{character}', '\0' if character == '|' else character)
+        text = re.sub(r'(?<!\\)(\*\*|`)', '', line)
+        text = re.sub(r'\\([!-/:-@[-`{-~])', lambda match: match[1].replace('|', '\0'), text)
         if line.startswith('## '):
             blocks.append(('heading', text[3:]))
         elif line.startswith(('* ', '  * ')):

@@ -41,7 +41,7 @@ def seen_in_training(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndar
     from flax_dlvc import augment, steps
 
     indices = data.epoch_order(len(dataset.train), config.seed, 1)[: config.batch_size]
-    with jax.default_device(_device_for_drawing()):
+    with jax.default_device(device_for_drawing()):
         seen, shares = jax.jit(steps.augment_batch, static_argnums=(4, 5, 6))(
             steps.keys_of(jax.numpy.uint32(config.seed))[1],
             jax.numpy.asarray(dataset.train.images[indices]),
@@ -60,7 +60,7 @@ def seen_in_training(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndar
     return np.asarray(seen), names
 
 
-def _device_for_drawing() -> Any:
+def device_for_drawing() -> Any:
     """The CPU, so that a picture does not depend on the accelerator; another device where JAX may use no CPU."""
     import jax
 
@@ -100,7 +100,7 @@ def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> A
         left, top = 1.1 * (number % columns) + 0.05, (aspect + 0.3) * (number // columns) + 0.29
         extent = (left, left + 1, top + aspect, top)
         axes.imshow(np.clip(image, 0, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest', extent=extent)
-        axes.text(left + 0.5, top - 0.02, label, ha='center', va='bottom', fontsize=7, linespacing=1)
+        axes.text(left + 0.5, top - 0.02, label, ha='center', va='bottom', fontsize=7, linespacing=1, parse_math=False)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
 
@@ -112,7 +112,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], title: str)
     figure = Figure(figsize=(5, 5), layout='constrained')
     axes = figure.subplots()
     draw_confusion(axes, counts, class_names)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, parse_math=False)
     return figure
 
 
@@ -126,8 +126,8 @@ def draw_confusion(axes: Any, counts: np.ndarray, class_names: Sequence[str]) ->
             if shares[row, column] >= 0.5:
                 text = f'{shares[row, column]:.0f}'
                 axes.text(column, row, text, ha='center', va='center', color=colour, fontsize=7)
-        axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(class_names)), class_names, fontsize=7)
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(class_names)), class_names, fontsize=7, parse_math=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xlabel('predicted')

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, run_command
 from flax_dlvc.explain import draw, explain
-from flax_dlvc.images import ImageError, find_images, read_image
+from flax_dlvc.images import ImageError, find_images, read_image, without_warnings
 from flax_dlvc.setup import Setup
 from flax_dlvc.steps import normalize
 from flax_dlvc.transfer import load_trained
@@ -68,7 +69,8 @@ def predict(
         return probabilities(setup.model, variables, images, mean=mean, std=std), heat
 
     for batch in _batched(paths, BATCH_SIZE):
-        read = [(path, _read(path, setup.dataset.image_shape)) for path in batch]
+        with without_warnings():
+            read = [(path, _read(path, setup.dataset.image_shape)) for path in batch]
         images = [image for _, image in read if isinstance(image, np.ndarray)]
         if images:
             # Filled up with black, so that one program serves every batch of more than one image.
@@ -135,7 +137,8 @@ def main(argv: list[str]) -> None:
             continue
         record = describe(prediction, class_names, arguments.top)
         for rank, entry in enumerate(record['predictions']):
-            table.add_row('' if rank else record['path'], entry['class'], f'{entry["probability"]:.4f}')
+            row = '' if rank else record['path'], entry['class'], f'{entry["probability"]:.4f}'
+            table.add_row(*map(Text, row))  # whose brackets are no markup
         if prediction.heat is not None:
             picture = arguments.explain / f'{number:04d}_{prediction.path.stem}.png'
             best = record['predictions'][0]
@@ -147,7 +150,7 @@ def main(argv: list[str]) -> None:
     if arguments.json:
         print(json.dumps(records, indent=2))
     elif table.row_count:
-        Console(soft_wrap=True).print(table)
+        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
     if unreadable:
         raise CommandError(f'{unreadable} of {len(records)} images cannot be read')
 

@@ -207,7 +207,7 @@ def plot_curves(
 
     epochs = [record['epoch'] for record in history]
     figure = Figure(figsize=(10, 4), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes, quantity, label in zip(
         figure.subplots(1, 2), ('loss', 'accuracy'), ('cross-entropy (nats)', 'accuracy'), strict=True
     ):

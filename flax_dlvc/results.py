@@ -258,7 +258,7 @@ def _order(cell: Cell) -> tuple[Any, ...]:
         models.index(cell.model),
         list(REGULARIZATIONS).index(cell.regularization),
         len(cell.settings),
-        [(field, str(ours)) for field, (ours, _) in cell.settings.items()],
+        [(field, ours) for field, (ours, _) in cell.settings.items()],
     )
 
 
@@ -276,10 +276,9 @@ def base_config(name: str) -> ConfigDict:
 
 def class_names(cells: Sequence[Cell]) -> list[str]:
     """The names of the classes, or their numbers where no run recorded them."""
-    for cell in cells:
-        for run in cell.finished:
-            return run.evaluation.get('class_names') or list(map(str, range(len(run.test['per_class_accuracy']))))
-    return []
+    finished = [run for cell in cells for run in cell.finished]
+    names = next((run.evaluation['class_names'] for run in finished if run.evaluation.get('class_names')), None)
+    return names or [str(number) for run in finished[:1] for number in range(len(run.test['per_class_accuracy']))]
 
 
 def per_class(cell: Cell) -> list[float | None]:

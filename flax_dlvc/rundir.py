@@ -98,9 +98,14 @@ def create(workdir: Path, config: ConfigDict) -> None:
 
 
 def adopt(workdir: Path, config: ConfigDict) -> None:
-    """Has a run that `check` let go on with another number of epochs be that run: without the result of the other."""
+    """Has a run that `check` let have another number of epochs be that run.
+
+    A result goes, as the run goes on, unless early stopping made it: that is the longer run's as well.
+    """
     if config.num_epochs != read_config(workdir).num_epochs:
-        (workdir / 'result.json').unlink(missing_ok=True)  # first: with the new config it would end the run
+        result = read_result(workdir)
+        if result and not result['stopped_early']:
+            (workdir / 'result.json').unlink()  # first: with the new config it would end the run
         write_text(workdir / 'config.json', config_module.to_json(config))
 
 

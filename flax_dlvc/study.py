@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from flax_dlvc import distributed, results, rundir, tables
+from flax_dlvc import data, distributed, results, rundir, tables
 from flax_dlvc.config import differing_fields
 from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, StoppedError, StorageError, run_command
 from flax_dlvc.grid import Planned, plan
@@ -42,9 +43,16 @@ def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
     """
     for planned in grid:
         if rundir.check(planned.directory, planned.config) is not None:
+            rundir.adopt(planned.directory, planned.config)  # or it would not be of its row, if it stopped early
             planned.state = 'finished'
             board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
+    if len(waiting) == len(
+        grid
+    ):  # nothing is there yet: a dataset that cannot be had is the study's error, not a run's
+        data.load(waiting[0].config)
+    if parallel_runs > 1:
+        _check_devices(parallel_runs)
     with board:
         if parallel_runs > 1:
             _in_processes(waiting, board, parallel_runs)
@@ -80,46 +88,61 @@ def share(setup: 'Setup | None', config: ConfigDict) -> 'Setup':
     return set_up(config)
 
 
+def _check_devices(parallel_runs: int) -> None:
+    """On an accelerator each run needs a device. A process asks, so that this one leaves them to the runs."""
+    program = 'import jax; print(jax.default_backend(), jax.local_device_count())'
+    asked = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True, check=True)
+    backend, count = asked.stdout.split()[-2:]
+    if backend != 'cpu' and parallel_runs > int(count):
+        raise ConfigError(f'--parallel-runs is {parallel_runs}, but there are {count} devices')
+
+
 def _in_processes(waiting: Sequence[Planned], board: 'Board', parallel_runs: int) -> None:
     """Up to `parallel_runs` at once: a process of `flax_dlvc.main` and a device each."""
     queue = list(waiting)
-    active: dict[int, tuple[Planned, subprocess.Popen[str]]] = {}
-    try:
-        while queue or active:
-            for slot in range(parallel_runs):
-                if slot not in active and queue:
-                    planned = queue.pop(0)
-                    board.start(planned)
-                    active[slot] = planned, _start(planned, slot)
-            time.sleep(0.2)
-            for slot, (planned, process) in list(active.items()):
-                board.follow(planned)
-                if process.poll() is None:
-                    continue
-                del active[slot]
-                error = process.communicate()[1].strip().splitlines()
-                failure = error[-1].removeprefix('error: ') if error else f'exit code {process.returncode}'
-                if process.returncode == StorageError.exit_code:
-                    raise StorageError(failure)
-                _ended(planned, board, failure if process.returncode else '', process.returncode)
-    finally:
-        for _, process in active.values():
-            process.terminate()
-        for _, process in active.values():
-            process.communicate()
+    active: dict[int, tuple[Planned, subprocess.Popen[bytes]]] = {}
+    with tempfile.TemporaryDirectory() as complaints:
+        try:
+            while queue or active:
+                for slot in range(parallel_runs):
+                    if slot not in active and queue:
+                        planned = queue.pop(0)
+                        board.start(planned)
+                        active[slot] = planned, _start(planned, slot, Path(complaints, str(slot)))
+                time.sleep(0.2)
+                for slot, (planned, process) in list(active.items()):
+                    board.follow(planned)
+                    if process.poll() is None:
+                        continue
+                    del active[slot]
+                    error = Path(complaints, str(slot)).read_text().strip().splitlines()
+                    failure = error[-1].removeprefix('error: ') if error else f'exit code {process.returncode}'
+                    if process.returncode == StorageError.exit_code:
+                        raise StorageError(failure)
+                    _ended(planned, board, failure if process.returncode else '', process.returncode)
+        finally:
+            for _, process in active.values():
+                process.terminate()
+            for _, process in active.values():
+                process.wait()
 
 
-def _start(planned: Planned, device: int) -> 'subprocess.Popen[str]':
-    """Starts a run on one device of its own, in a directory that the board can follow from the first moment."""
+def _start(planned: Planned, device: int, complaints: Path) -> 'subprocess.Popen[bytes]':
+    """Starts a run on one device of its own, in a directory that the board can follow from the first moment.
+
+    Its stderr goes to a file, as a pipe may fill up. Ctrl-C in the terminal reaches the study alone, which passes on
+    one signal: a second one would end the run unsaved.
+    """
     rundir.create(planned.directory, planned.config)
     own = {'JAX_CUDA_VISIBLE_DEVICES': str(device), 'JAX_ROCM_VISIBLE_DEVICES': str(device), 'JAX_NUM_CPU_DEVICES': '1'}
-    return subprocess.Popen(
-        [sys.executable, *planned.command],
-        env=os.environ | own,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with complaints.open('w') as stderr:
+        return subprocess.Popen(
+            [sys.executable, *planned.command],
+            env=os.environ | own,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
 
 
 def _ended(planned: Planned, board: 'Board', failure: str, exit_code: int = 1) -> None:
@@ -197,7 +220,8 @@ class Board:
         """Reads how far a run is from its directory."""
         run = results.read_run(planned.directory.parent.parent, planned.directory)
         planned.epochs = len(run.history)
-        planned.best = max((record['validation_accuracy'] for record in run.history), default=None)
+        validated = [record['validation_accuracy'] for record in run.history]
+        planned.best = max((accuracy for accuracy in validated if accuracy is not None), default=None)
         planned.seconds_per_epoch = run.seconds_per_epoch
 
     def _accuracy(self, planned: Planned) -> str:
@@ -239,7 +263,7 @@ def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
     """Prints the grid, and the time that it takes at most, from a few timed steps of each cell."""
     import jax
 
-    from flax_dlvc import data, steps
+    from flax_dlvc import steps
 
     setup: Setup | None = None
     total = 0.0
@@ -349,6 +373,8 @@ def write(workdir: Path, config: ConfigDict | None = None) -> None:
     from flax_dlvc import answers, figures, page
 
     runs = results.read_runs(workdir)
+    if not runs:
+        raise ConfigError(f'{workdir} is no study: it holds no run directory CELL/seed_N')
     cells = results.group(runs)
     for name, text in (
         ('table.md', tables.to_markdown(cells)),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,10 +64,17 @@ COLUMNS: tuple[Column, ...] = (
     ('Cross-entropy (nats)', lambda cell: mean_and_deviation(cell.values('cross_entropy'), _nats)),
     ('Report (nats)', lambda cell: f'{cell.report[1]:.2f}' if cell.report else '–'),
     ('Difference [95 % CI] ', lambda cell: _to_report(cell, 'cross_entropy', 1, 1)),
-    ('Calibration error (%)', lambda cell: mean_and_deviation(cell.values('expected_calibration_error'), percent)),
+    ('Calibration error (%)', lambda cell: _calibration(cell)),
     ('Best epoch', lambda cell: best_epochs(cell)),
     ('Notes', lambda cell: cell.note),
 )
+
+
+def _calibration(cell: Cell) -> str:
+    """Runs of before it was recorded have none."""
+    values = cell.values('expected_calibration_error')
+    of = f' ({len(values)} of {len(cell.finished)} seeds)' if 0 < len(values) < len(cell.finished) else ''
+    return mean_and_deviation(values, percent) + of
 
 
 def best_epochs(cell: Cell) -> str:
@@ -88,7 +96,7 @@ def to_markdown(cells: Sequence[Cell]) -> str:
         text += f'## {escape_markdown(dataset)}\n\n{CAPTION}\n\n' + markdown([title for title, _ in COLUMNS], rows)
         named = [[cell.title, *(percent(a, 1) for a in per_class(cell))] for cell in members if cell.finished]
         text += '\nAccuracy by class (%), averaged over seeds:\n\n' + markdown(['', *class_names(members)], named)
-    return text or 'No runs yet.\n'
+    return text
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -98,11 +106,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in escaped)
 
 
+# Characters; the ( of a link; underscores, unless between letters or digits.
+_MARKUP = re.compile(r'[\\`*<>|&]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])')
+
+
 def escape_markdown(text: str) -> str:
     """Text of which nothing is taken for markup, in one line."""
-    for character in '\\`*<>|':
-        text = text.replace(character, f'\\{character}')
-    return ' '.join(text.split())
+    return ' '.join(_MARKUP.sub(r'\\\g<0>', text).split())
 
 
 _TEX = {character: f'\\{character}' for character in '&%$#_{}'} | {

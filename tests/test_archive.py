@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -238,6 +239,21 @@ def test_prepared_once(tmp_path, official, splits):
     directory = archive.prepare('cifar10', tmp_path / 'data', path)
     path.unlink()
     assert archive.prepare('cifar10', tmp_path / 'data', path) == directory
+
+
+@pytest.mark.parametrize('found', ['nothing', 'half', 'another format'])
+def test_what_is_there_but_cannot_be_used_is_named(tmp_path, official, splits, found):
+    path = official(write_tar(tmp_path / 'a.tar.gz', members('cifar10', 'binary', splits)), 'cifar10')
+    directory = archive.prepare('cifar10', tmp_path / 'tfds', path)
+    if found == 'nothing':
+        shutil.rmtree(directory)
+        directory.mkdir()
+    elif found == 'half':
+        (directory / 'dataset_info.json').write_text('{')
+    else:
+        info = directory / 'dataset_info.json'
+        info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    refused('no whole cifar10 in ArrayRecord files: move it', archive.prepare, 'cifar10', tmp_path / 'tfds', path)
 
 
 def test_the_quicker_of_two_processes_wins(tmp_path, official, splits, monkeypatch):

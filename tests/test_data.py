@@ -582,7 +582,7 @@ def test_another_file_format(prepared):
     _, directory = prepared
     info = directory / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    refused('tiny is not prepared as ArrayRecord files', load_tiny)
+    refused('tiny in .* is not prepared as ArrayRecord files', load_tiny)
 
 
 def test_images_of_mixed_sizes(tfds_environment):
@@ -598,6 +598,10 @@ def test_splits_of_different_sizes(tfds_environment):
     splits = make_examples(0) | make_examples(1, [('test', 30)], (4, 4, 3))
     write_prepared(tfds_environment, splits)
     refused('images of different sizes', load_tiny)
+    refused(
+        'train [+] test hold images of different sizes',
+        lambda: load_tiny(splits__train='train[:80%]+test[:50%]', splits__test='test[50%:]'),
+    )
 
 
 @pytest.mark.parametrize('label', [-1, 10])
@@ -630,8 +634,18 @@ def test_unprepared_dataset(tfds_environment):
     assert 'TFDS_DATA_DIR' in message and '--config.dataset=digits' in message
 
 
-@pytest.mark.parametrize('damage', ['truncate', 'flip', 'remove', 'empty info', 'no info'])
-def test_damaged_source(prepared, damage):
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    {
+        'truncate': "tiny: 'train' in .* is damaged",
+        'flip': "tiny: 'train' in .* is damaged",
+        'remove': "tiny: 'train' in .* is damaged",
+        'empty info': 'tiny is damaged in ',
+        'no info': 'tiny is damaged in ',
+        'empty features': 'tiny is damaged in ',
+    }.items(),
+)
+def test_damaged_source(prepared, damage, message):
     _, directory = prepared
     (record,) = directory.glob('*-train.*')
     if damage == 'truncate':
@@ -642,9 +656,11 @@ def test_damaged_source(prepared, damage):
         record.unlink()
     elif damage == 'empty info':
         (directory / 'dataset_info.json').write_text('{')
+    elif damage == 'empty features':
+        (directory / 'features.json').write_text('{')
     else:
         (directory / 'dataset_info.json').unlink()
-    refused('tiny', load_tiny)
+    refused(message, load_tiny)
     assert not list(decoded.cache_directory().rglob('*.npy'))
 
 
@@ -663,6 +679,45 @@ def test_cache_directory(monkeypatch):
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', '/home/somebody')
     assert decoded.cache_directory() == Path('/home/somebody/.cache/flax_dlvc')
+
+
+def test_a_user_without_a_home_names_a_cache_directory(monkeypatch):
+    def nowhere():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.setattr(Path, 'home', nowhere)
+    monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', '/somewhere')
+    assert decoded.cache_directory() == Path('/somewhere')
+    monkeypatch.delenv('FLAX_DLVC_CACHE_DIR')
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    refused('set FLAX_DLVC_CACHE_DIR', decoded.cache_directory)
+
+
+def test_a_cache_on_a_full_disk(prepared, tmp_path, monkeypatch):
+    """A page of a mapped file for which there is no room would end the process."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32k', 'tmpfs', disk], check=False).returncode:
+        pytest.skip('a small disk needs the right to mount a tmpfs')
+    try:
+        monkeypatch.setenv('FLAX_DLVC_CACHE_DIR', str(disk))
+        refused('cannot keep decoded images in .*: No space left on device; set FLAX_DLVC_CACHE_DIR', load_tiny)
+        assert not list(disk.rglob('*.npy'))
+    finally:
+        subprocess.run(['umount', '--lazy', disk], check=True)
+
+
+def test_what_a_killed_process_left_is_removed(prepared):
+    load_tiny()
+    (cached('train') / 'labels.npy').unlink()
+    left = cached('train').with_name('.train-1234')
+    left.mkdir()
+    (left / 'images.npy').write_bytes(bytes(1000))
+    load_tiny()
+    assert sorted(path.name for path in left.parent.iterdir() if path.name.strip('.').startswith('train')) == [
+        'train',
+        'train.lock',
+    ]
 
 
 @pytest.mark.skipif(not CIFAR10.is_dir() or CIFAR10.parent == Path(), reason='TFDS_DATA_DIR holds no prepared cifar10')
@@ -711,6 +766,14 @@ def test_show_draws_a_picture_and_the_same_one_again(tmp_path, capsys):
 )
 def test_what_show_refuses(arguments, message):
     refused(message, show, *arguments)
+
+
+def test_the_name_of_an_archive_is_no_flag(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
+    arguments = ['data', '--dataset', 'cifar10', '--archive', 'config.tar.gz']
+    refused(r'cannot read the archive config\.tar\.gz', data.main, arguments)
 
 
 def test_show_needs_a_config():

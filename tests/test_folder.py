@@ -134,6 +134,35 @@ def test_what_is_refused(tmp_path):
     refused(split, 'val is beside a folder train')
 
 
+def test_no_file_is_passed_over_in_silence(tmp_path):
+    folder = write_images(tmp_path / 'own', ['red', 'blue'], 4)
+    (folder / '.hidden.png').write_text('')
+    (folder / 'labels.csv').write_text('')
+    elsewhere = write_images(tmp_path / 'elsewhere', ['green'], 6)
+    (folder / 'red' / 'more').symlink_to(elsewhere / 'green')
+    os.link(folder / 'blue' / '1.png', os.fsencode(folder / 'blue') + b'/caf\xe9.png')
+    dataset = load(folder, train='train', validation='')
+    assert (np.bincount(dataset.train.labels) + np.bincount(dataset.test.labels)).tolist() == [5, 10]
+    (folder / 'red' / 'broken.png').symlink_to('nowhere')
+    refused(folder, r'cannot read .*broken\.png: No such file')
+    split = tmp_path / 'split'
+    for name in ('train', 'test'):
+        write_images(split / name, ['red', 'blue'], 2)
+    Image.new('RGB', (9, 9)).save(split / 'loose.png')
+    refused(split, r'loose\.png is in no class')
+
+
+@pytest.mark.parametrize('names', [('training', 'test'), ('validation', 'test'), ('Train', 'Val')])
+def test_splits_by_other_names_are_no_classes(tmp_path, names):
+    for name in names:
+        write_images(tmp_path / 'own' / name, ['red', 'blue'], 4)
+    refused(tmp_path / 'own', 'name them train, validation, test')
+
+
+def test_a_user_who_is_not_there():
+    refused('~nosuchuser/photos', 'cannot read ~nosuchuser/photos')
+
+
 def test_train_predict_and_export_on_own_images(tmp_path, command):
     folder = write_images(tmp_path / 'own')
     tiny = ['--config', ROOT / 'configs' / 'cnn.py', '--config.num_epochs=1', '--config.batch_size=4']

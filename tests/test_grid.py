@@ -39,3 +39,42 @@ def test_an_axis_of_tuples_and_one_of_numbers(tmp_path):
     scales = [planned.config.augment.random_resized_crop_scale for planned in grid]
     assert scales == [(0.5, 1.0), (0.25, 0.75)]
     assert {planned.config.learning_rate for planned in grid} == {0.01}
+
+
+def test_ends_of_a_pair_are_set_one_after_the_other(tmp_path):
+    stem = 'augment.random_resized_crop_scale'
+    grid = plan(
+        tmp_path,
+        models=['cnn'],
+        regularizations=['augment'],
+        seeds=1,
+        overrides=[f'--config.{stem}=(0.5, 0.9)'],
+        vary=[f'{stem}_min=0.25,0.5', f'{stem}_max=0.75,0.9'],
+    )
+    scales = [planned.config.augment.random_resized_crop_scale for planned in grid]
+    assert scales == [(0.25, 0.75), (0.25, 0.9), (0.5, 0.75), (0.5, 0.9)]
+    assert all(len([flag for flag in planned.flags if stem in flag]) == 1 for planned in grid)
+
+
+def test_an_axis_can_switch_crops_on(tmp_path):
+    axes = ['augment.random_resized_crop=True,False', 'augment.random_resized_crop_scale_min=0.25,0.5']
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1, vary=axes)
+    settings = [planned.config.augment for planned in grid]
+    assert [(each.random_resized_crop, each.random_resized_crop_scale[0]) for each in settings] == [
+        (True, 0.25), (True, 0.5), (False, 0.08),
+    ]  # fmt: skip
+
+
+def test_a_row_without_dropout_stays_one(tmp_path):
+    grid = plan(
+        tmp_path,
+        models=['cnn'],
+        regularizations=['none', 'dropout'],
+        seeds=1,
+        vary=['dropout_rate=0.2,0.5'],
+    )
+    assert {planned.cell: planned.config.dropout_rate for planned in grid} == {
+        'cnn': 0.0,
+        'cnn_dropout,dropout_rate=0.2': 0.2,
+        'cnn_dropout': 0.5,
+    }

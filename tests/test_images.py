@@ -41,8 +41,17 @@ def test_every_mode_becomes_colour_or_grey(tmp_path, mode):
 def test_16_bits_are_scaled_and_transparency_is_white(tmp_path):
     Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)).save(tmp_path / 'deep.png')
     assert (read_image(tmp_path / 'deep.png', (4, 4, 1)) == 0x80).all()
+    (tmp_path / 'deep.pgm').write_bytes(b'P5 4 4 65535\n' + b'\x80\xff' * 16)  # in Pillow of 32 bits
+    assert (read_image(tmp_path / 'deep.pgm', (4, 4, 1)) == 0x80).all()
     Image.new('RGBA', (4, 4), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
     assert (read_image(tmp_path / 'clear.png', (4, 4, 3)) == 255).all()
+
+
+@pytest.mark.parametrize(('kind', 'value'), [(np.float32, 0.5), (np.int32, 1 << 20), (np.int32, -1)])
+def test_numbers_of_unknown_scale_are_refused(tmp_path, kind, value):
+    Image.fromarray(np.full((4, 4), value, kind)).save(tmp_path / 'a.tif')
+    with pytest.raises(ImageError, match='8 or 16'):
+        read_image(tmp_path / 'a.tif', (4, 4, 1))
 
 
 def test_a_photograph_is_turned_upright(tmp_path):
@@ -102,3 +111,4 @@ def test_files_folders_and_globs(tmp_path):
     assert found('**/*.webp') == ['c/d.webp']
     assert found('[e].png') == ['[e].png']  # a file of that very name
     assert found('missing.png', '*.gif') == ['missing.png', '*.gif']
+    assert found('x' * 300) == ['x' * 300]  # longer than a name can be

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_config
 from PIL import Image
 
-from flax_dlvc import data, pictures
+from flax_dlvc import data, explain, pictures
 
 
 def test_without_augmentation_training_sees_the_datasets_images(digits):
@@ -72,6 +72,14 @@ def test_a_confusion_matrix_is_brightest_where_the_largest_share_is():
     assert brightness.ravel()[shares.ravel().argsort(kind='stable')].tolist() == sorted(brightness.ravel())
     assert [label.get_text() for label in axes.get_yticklabels()] == ['cat', 'dog', 'frog']
     assert {text.get_text() for text in axes.texts} == {'10', '90', '30', '40', '25', '50'}
+
+
+def test_a_dollar_in_the_name_of_a_class_is_one(tmp_path):
+    names = ('$1_$2', '$x$')
+    pictures.encode_png(pictures.confusion_matrix(np.eye(2), names, '$\\nothing$'))
+    pictures.encode_png(pictures.image_grid(np.zeros((2, 4, 4, 3), np.float32), names))
+    explain.draw(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2)), '$1_$2', tmp_path / 'a.png')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.png']
 
 
 def test_mistakes_are_wrong_and_sorted_by_how_sure_the_model_was():

@@ -58,8 +58,15 @@ def test_probabilities_are_the_models_and_need_no_dataset(
         assert record['predictions'][0]['class'] == str(expected.argmax())
 
 
-def test_a_damaged_image_costs_a_line_and_the_exit_code(run_directory, pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '300')  # so that the table need not break a path
+def test_a_path_in_brackets_is_shown_as_it_is(run_directory, pictures, tmp_path, capsys):
+    path = tmp_path / 'red[edit]' / '[' / 'digit.png'
+    path.parent.mkdir(parents=True)
+    path.write_bytes((pictures / 'digit_0.png').read_bytes())
+    predict.main(['', '--workdir', str(run_directory), '--top', '1', str(path)])
+    assert str(path) in capsys.readouterr().out
+
+
+def test_a_damaged_image_costs_a_line_and_the_exit_code(run_directory, pictures, tmp_path, capsys):
     arguments = ['', '--workdir', str(run_directory), '--top', '2', '--explain', str(tmp_path / 'out'), str(pictures)]
     with pytest.raises(CommandError, match='1 of 4 images cannot be read') as caught:
         predict.main(arguments)

@@ -30,6 +30,9 @@ from flax_dlvc.errors import ConfigError
         ['--config.nothing=1'],
         ['--config.num_epochs=0'],
         ['--unknown'],
+        ['--vary', 'num_devices=1,2'],
+        ['--config.dataset=folder:/nowhere'],
+        ['--config.dataset=digits', '--models', 'vit', '--config.model.patch_size=5', '--parallel-runs', '2'],
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_written(tmp_path, arguments):
@@ -139,6 +142,42 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
     for name in ('table.md', 'table.csv', 'table.tex', 'answers.md'):
         assert (tmp_path / name).read_bytes() == (whole_study[0] / name).read_bytes()
     assert 'digits' in (tmp_path / 'table.md').read_text()
+
+
+def test_what_holds_no_study_is_left_alone(tmp_path):
+    (tmp_path / 'table.md').write_text('mine')
+    with pytest.raises(ConfigError, match='is no study'):
+        study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    assert (tmp_path / 'table.md').read_text() == 'mine'
+
+
+def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_run_flags):
+    """It is sent to every process of the terminal; each run is saved in mid-epoch, of 149 steps."""
+    flags = ['--models', 'cnn', '--regularizations', 'none', '--seeds', '2', '--parallel-runs', '2', *small_run_flags]
+    flags += ['--config.batch_size=8', '--config.splits.train=train[:80%]', '--config.num_epochs=50']
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'flax_dlvc.study', '--workdir', tmp_path, *flags],
+        cwd=ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    runs = [tmp_path / 'cnn' / f'seed_{seed}' for seed in (0, 1)]
+    deadline = time.monotonic() + 240
+    while not all((run / 'metrics.jsonl').exists() for run in runs):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.5)  # some way into the second epoch
+    os.killpg(process.pid, signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130, complaint
+    assert complaint.count('\n') == 1, complaint
+    for run in runs:
+        saved = max(int(path.name) for path in (run / 'checkpoints').iterdir() if path.name.isdecimal())
+        assert saved % 149, saved
+        assert not (run / 'result.json').exists()
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, small_run_flags, capsys):

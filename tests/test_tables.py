@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from flax_dlvc import answers, page, results, rundir, study
+from flax_dlvc import answers, page, results, rundir, study, tables
+from flax_dlvc.grid import Planned
 
 CLASSES = ['<b>zero</b>', 'one']
 HOSTILE = '<script>document.title="run"</script> & | $x_1$'
@@ -133,7 +134,7 @@ def test_answers_say_what_the_runs_say(finished_study):
     assert 'CNN, dropout, against none: +9.67 ' in text and ': better.' in text
     assert 'CNN, augmentation, against none: -10.67 ' in text and ': worse.' in text
     assert 'From 0.08 to 0.5: +8.50 ' in text
-    assert f'against dropout alone: -15.33 points of accuracy (1 against 3 seeds): {answers.NOT_ENOUGH}' in text
+    assert f'against dropout alone: -15.33 points of accuracy (seeds: 1 against 3): {answers.NOT_ENOUGH}' in text
 
 
 def test_a_table_is_rebuilt_from_the_committed_files_alone(finished_study, tmp_path):
@@ -223,3 +224,67 @@ def test_runs_without_a_test_evaluation_are_tabled_without_it(tmp_path):
     assert 'nan' not in (tmp_path / 'table.md').read_text()
     assert not list((tmp_path / 'figures').glob('confusion*'))
     assert (tmp_path / 'report.html').exists()
+
+
+def test_a_study_without_validation_is_tabled(tmp_path):
+    for seed in (0, 1):
+        directory = tmp_path / 'cnn' / f'seed_{seed}'
+        write_run(directory, 'cnn', seed, 0.7, **{'splits.validation': '', 'early_stopping.patience': 0})
+        nothing = {'validation_loss': None, 'validation_accuracy': None}
+        rundir.write_history(directory, [record | nothing for record in rundir.read_history(directory)])
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    assert '| 90.00 ± 0.00 | – | 70.00 ± 0.00 |' in (tmp_path / 'answers.md').read_text()
+    assert (tmp_path / 'figures' / 'curves_cnn.png').exists()
+    board = study.Board([])
+    planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0', ())
+    board.follow(planned)
+    assert (planned.epochs, planned.best) == (2, None)
+
+
+def tables_config(directory):
+    return results.read_runs(directory)[0].config
+
+
+def test_a_run_that_stopped_early_is_of_the_longer_row_too(tmp_path):
+    write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
+    write_run(tmp_path / 'cnn' / 'seed_1', 'cnn', 1, 0.7, num_epochs=50)
+    planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0', ())
+    planned.config.num_epochs = 50
+    study.carry_out([planned], study.Board([planned]), 1)
+    assert (planned.state, planned.epochs) == ('finished', 2)
+    (cell,) = results.group(results.read_runs(tmp_path))
+    assert [run.config.seed for run in cell.finished] == [0, 1]
+
+
+def test_rows_are_sorted_by_number_and_say_how_many_seeds_a_mean_has(tmp_path):
+    for rate in (0.1, 0.01, 1e-05):
+        for seed in (0, 1):
+            directory = tmp_path / f'cnn,learning_rate={rate}' / f'seed_{seed}'
+            write_run(directory, 'cnn', seed, 0.7, learning_rate=rate)
+    for name in ('cnn,learning_rate=0.01/seed_0', 'cnn,learning_rate=0.1/seed_0', 'cnn,learning_rate=0.1/seed_1'):
+        (tmp_path / name / 'evaluation-test.json').unlink()
+    cells = results.group(results.read_runs(tmp_path))
+    assert [cell.config.learning_rate for cell in cells] == [1e-05, 0.01, 0.1]
+    (column,) = (column for title, column in tables.COLUMNS if title.startswith('Calibration'))
+    assert [column(cell) for cell in cells] == ['10.00 ± 0.00', '10.00 (1 of 2 seeds)', '–']
+    assert [results.class_names([cell]) for cell in cells] == [CLASSES, CLASSES, ['0', '1']]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
+    write_run(tmp_path / 'cnn_augment' / 'seed_0', 'cnn_augment', 0, 0.6, num_epochs=8)
+    write_run(tmp_path / 'cnn_dropout_augment' / 'seed_0', 'cnn_dropout_augment', 0, 0.6)
+    text = answers.to_answers(results.group(results.read_runs(tmp_path)))
+    missing = f'has the same settings, {answers.NOT_ENOUGH}.'
+    assert f'* CNN, augmentation, num_epochs 8: no row without regularisation {missing}' in text
+    assert f'* CNN, dropout and augmentation: no row with dropout alone {missing}' in text
+    assert f'* CNN, dropout and augmentation: no row with augmentation alone {missing}' in text
+    assert f'* CNN: no two rows differ in the lowest area of a crop alone, {answers.NOT_ENOUGH}.' in text
+
+
+def test_nothing_in_a_name_is_markup():
+    name = r'\a_b_ *c* `d` <e> |f [g](h) &amp; _i_'
+    escaped = tables.escape_markdown(name)
+    assert escaped == r'\\a_b\_ \*c\* \`d\` \<e\> \|f [g]\(h) \&amp; \_i\_'
+    (heading, text) = page._blocks(f'\n## {escaped}\n')[0]
+    assert (heading, text.replace('\0', '|')) == ('heading', name)
