@@ -127,8 +127,9 @@ run_processes() {
         ) &
         pids+=($!)
     done
+    set +m # or the terminal would be the sleep's, and Ctrl-C with it
     while [ "${#codes[@]}" -lt "$count" ]; do
-        sleep 0.2
+        sleep 0.2 || true
         if [ -n "$asked" ]; then
             kill -"$asked" "${pids[@]}" 2>/dev/null || true
             asked=

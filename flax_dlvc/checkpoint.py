@@ -118,7 +118,8 @@ class Checkpoints:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Saves asynchronously; the state may be freed as soon as this returns.
 
-        A step that is saved already stays as it is: the same step always has the same state.
+        A step that is saved already stays as it is, as the same step always has the same state; unless its progress was
+        another: then a run was stopped in the validation of that epoch, which has ended now.
 
         Raises:
             StorageError: this save or the one before failed.
@@ -128,7 +129,10 @@ class Checkpoints:
         step = int(state.step)
         self._policy.best_step = progress.best_step
         if step in self.steps:
-            return
+            self.wait()
+            if self._has_progress(step, progress):
+                return
+            self._delete(step)
         fingerprints, finite = inspect(state)
         if not finite:
             raise FloatingPointError(f'the state of step {step} is not finite')
@@ -272,6 +276,18 @@ class Checkpoints:
 
     def _read_progress(self, step: int) -> Progress:
         return _progress(self._read_content(step))
+
+    def _has_progress(self, step: int, progress: Progress) -> bool:
+        try:
+            return self._read_progress(step) == progress
+        except DamagedError:
+            return False
+
+    def _delete(self, step: int) -> None:
+        try:
+            self._manager.delete(step)
+        except Exception as error:  # as when saving
+            raise self._storage_error(error) from error
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / 'damaged' / str(step)

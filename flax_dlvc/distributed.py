@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flax_dlvc.errors import CommandError, ConfigError, PeerError, StoppedError
+from flax_dlvc.errors import STOP_SIGNALS, ConfigError, PeerError, StoppedError, ending
 
 SIGN_OF_LIFE = 1.0  # seconds between a process's signs of life
 LOST_AFTER = 20.0  # seconds without one after which a process counts as gone
@@ -130,6 +130,8 @@ def _join() -> None:
     timer = threading.Timer(JOIN_TIMEOUT, _end, (PeerError.exit_code, missed))  # JAX would abort with a stack trace
     timer.daemon = True
     timer.start()
+    # JAX waits where Python's handlers do not run; nothing is there yet that would have to be saved.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     try:
         jax.distributed.initialize(
             address,
@@ -146,6 +148,8 @@ def _join() -> None:
         raise PeerError(f'cannot join the run at {address}: {reason}') from error
     finally:
         timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _leave(watch: '_Watch') -> None:
@@ -182,14 +186,10 @@ class _Watch:
         """Ends this process with its error, and the others with its message."""
         if _is_of_the_runtime(error):
             self._stopped.wait(2 * LOST_AFTER)  # a collective may have failed since another is gone: `_run` will say so
-        if isinstance(error, CommandError):
-            exit_code, message = error.exit_code, ' '.join(str(error).split())
-        elif isinstance(error, KeyboardInterrupt):  # a signal before training or after it
-            stop = signal.Signals(*error.args or (signal.SIGINT,))
-            exit_code, message = 128 + stop, f'stopped by {stop.name}'
-        else:
-            exit_code, message = 1, f'{type(error).__name__}, see its traceback'
+        end = ending(error)
+        if end is None:
             traceback.print_exception(error)
+        exit_code, message = end or (1, f'{type(error).__name__}, see its traceback')
         with contextlib.suppress(Exception):
             _client().key_value_set(f'failed/{process_id()}', f'{exit_code} {self._name}: {message}')
             time.sleep(2 * GRACE if is_main() else 0)  # its service must live until the others have read this and ended

@@ -17,7 +17,6 @@ class CommandError(Exception):
     """A command cannot go on; the message is one line that says what is wrong and what to do."""
 
     exit_code = 1
-    label = 'error: '
 
 
 class ConfigError(CommandError):
@@ -47,8 +46,6 @@ class PeerError(CommandError):
 class StoppedError(CommandError):
     """A signal asked the run to stop; its state is saved."""
 
-    label = ''
-
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number  # the shell's convention
@@ -75,22 +72,32 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         sys.stdout.flush()
         _let_signals_end_the_process()
         sys.exit(0)
-    except CommandError as error:
-        _complain(f'{error.label}{" ".join(str(error).split())}')
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        stop = signal.Signals(*interrupt.args or (signal.SIGINT,))
-        _complain(f'stopped by {stop.name}')
-        sys.exit(128 + stop)
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        _give_up_output()
-        sys.exit(141)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except (CommandError, KeyboardInterrupt, OSError) as error:
+        end = ending(error)
+        if end is None:
             raise
-        _give_up_output()
-        _complain(f'error: cannot write {error.filename or "output"}: {error.strerror}; free space and start again')
-        sys.exit(StorageError.exit_code)
+        exit_code, message = end
+        if isinstance(error, OSError):
+            _give_up_output()
+        if not isinstance(error, BrokenPipeError):
+            label = 'error: ' if not isinstance(error, KeyboardInterrupt | StoppedError) else ''
+            _complain(f'{label}{message}')
+        sys.exit(exit_code)
+
+
+def ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the line with which an error ends a command; None of one that nobody has foreseen."""
+    if isinstance(error, CommandError):
+        return error.exit_code, ' '.join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        stop = signal.Signals(*error.args or (signal.SIGINT,))
+        return 128 + stop, f'stopped by {stop.name}'
+    if isinstance(error, BrokenPipeError):  # as with `| head`
+        return 128 + signal.SIGPIPE, 'the reader of the output has left'
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        problem = f'cannot write {error.filename or "output"}: {error.strerror}'
+        return StorageError.exit_code, f'{problem}; free space and start again'
+    return None
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -54,7 +54,7 @@ def predict(setup: Setup, variables: Any, images: np.ndarray) -> np.ndarray:
     On one device and without the other processes, which need not take part.
     """
     variables = steps.on_one_device(variables)
-    size = min(len(images), setup.config.evaluation_batch_size // len(setup.devices))
+    size = min(len(images), max(1, setup.config.evaluation_batch_size // len(setup.devices)))
     probabilities = np.empty((len(images), setup.num_classes), np.float32)
     for start in range(0, len(images), size):
         start = min(start, len(images) - size)  # the last batch is as large as the others, so that one program serves
@@ -76,7 +76,7 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
     config = rundir.read_config(workdir)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find(which)
-        setup = set_up(config)
+        setup = set_up(config, training=False)
         if not len(getattr(setup.dataset, split_name)):
             raise ConfigError(f'the {split_name} split of {workdir} is empty; name another one with --split')
         state, _ = checkpoints.restore(step, setup.abstract_state)
@@ -105,10 +105,9 @@ def main(argv: list[str]) -> None:
     if not arguments.workdir.is_dir():
         raise ConfigError(f'{arguments.workdir} is not a run directory')
     metrics = evaluate_checkpoint(arguments.workdir, arguments.split, arguments.step)
-    path = rundir.write_evaluation(arguments.workdir, arguments.split, metrics)
     print(f'{metrics["config_name"]} on {metrics["dataset"]} {arguments.split}, step {metrics["step"]}:')
-    print(describe(metrics))
-    print(f'written to {path}')
+    print(describe(metrics), flush=True)  # a directory that is closed to us may still be evaluated
+    print(f'written to {rundir.write_evaluation(arguments.workdir, arguments.split, metrics)}')
 
 
 def describe(metrics: dict[str, Any]) -> str:

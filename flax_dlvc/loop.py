@@ -23,7 +23,7 @@ from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.profiling import timed, training_call
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
-from flax_dlvc.transfer import begin_from
+from flax_dlvc.transfer import begin_from, check_origin
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -58,6 +58,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
     """As `run`, of a setup that is there already and a directory that may be used; shows nothing but on the display."""
     config = setup.config
+    if config.init_from and not any(workdir.glob('checkpoints/*')):
+        check_origin(Path(config.init_from), setup)  # before anything is written
     with (
         claimed(workdir, setup),
         Checkpoints(workdir, keep_latest=config.keep_checkpoints) as checkpoints,
@@ -85,6 +87,7 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
             rundir.create(workdir, setup.config)
             rundir.write_dataset(workdir, setup.dataset)
             stack.enter_context(rundir.lock(workdir))
+            rundir.check(workdir, setup.config)  # another process may have made it meanwhile
         distributed.barrier('claimed')
         yield
 

@@ -99,7 +99,7 @@ class Run:
     config: ConfigDict
     history: tuple[dict[str, Any], ...]
     result: dict[str, Any] | None
-    evaluation: dict[str, Any]  # evaluation-test.json; empty where there is none
+    evaluation: dict[str, Any]  # evaluation-test.json; empty where there is none of the best checkpoint
     failure: str
 
     @property
@@ -209,12 +209,16 @@ def read_run(directory: Path, workdir: Path) -> Run:
     result, history = rundir.read_result(workdir), rundir.read_history(workdir)
     if result and not 0 < result['best_epoch'] <= len(history):
         raise ConfigError(f'{workdir} lacks the best epoch of its result in metrics.jsonl; is a file damaged?')
+    evaluation = rundir.read_test_evaluation(workdir)
+    best_step = history[result['best_epoch'] - 1]['step'] if result else None
+    if evaluation.get('step', best_step) != best_step:  # `evaluate` can be asked for any checkpoint
+        evaluation = {}
     return Run(
         name=workdir.relative_to(directory).as_posix(),
         config=rundir.read_config(workdir),
         history=history,
         result=result,
-        evaluation=rundir.read_test_evaluation(workdir),
+        evaluation=evaluation,
         failure='' if result else rundir.read_failure(workdir),
     )
 

@@ -50,11 +50,12 @@ def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     try:
         if not workdir.exists():
             return None
+        has_config = (workdir / 'config.json').exists()
     except OSError as error:  # a name that is too long, a directory above that is closed to us
         raise ConfigError(f'cannot read {workdir}: {error.strerror}; choose another --workdir') from error
     if not workdir.is_dir():
         raise ConfigError(f'{workdir} is not a directory; choose another --workdir')
-    if not (workdir / 'config.json').exists():
+    if not has_config:
         if (workdir / 'checkpoints').exists() or (workdir / 'result.json').exists():
             raise ConfigError(f'{workdir} holds a run without its config.json; choose another --workdir')
         return None
@@ -156,6 +157,10 @@ def lock(workdir: Path) -> Iterator[None]:
             raise ConfigError(
                 f'another process is training in {workdir}; wait for it, or choose another --workdir'
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f'{workdir} cannot be locked ({error.strerror}); choose a --workdir on another file system'
+            ) from error
         yield
 
 

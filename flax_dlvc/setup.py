@@ -179,8 +179,12 @@ class Setup:
 
 
 @timed('start')
-def set_up(config: ConfigDict) -> Setup:
+def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
     """Loads the data and chooses the devices.
+
+    Args:
+        config: a valid config.
+        training: whether training has to be possible; a trained model is evaluated on as many devices as there are.
 
     Raises:
         ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
@@ -189,13 +193,14 @@ def set_up(config: ConfigDict) -> Setup:
     runtime.spread_convolutions()
     runtime.keep_freed_memory()
     dataset = data.load(config)
+    if not training:
+        return Setup(config, dataset, steps.run_devices(min(config.num_devices, jax.local_device_count())))
     devices = steps.run_devices(config.num_devices)
-    for field in ('batch_size', 'evaluation_batch_size'):
-        if config[field] % len(devices):
-            raise ConfigError(
-                f'{field} {config[field]} is not divisible by the {len(devices)} devices; '
-                f'set --config.{field} or --config.num_devices'
-            )
+    if config.batch_size % len(devices):
+        raise ConfigError(
+            f'batch_size {config.batch_size} is not divisible by the {len(devices)} devices; '
+            'set --config.batch_size or --config.num_devices'
+        )
     if config.batch_size // len(devices) % config.accumulate_steps:
         raise ConfigError(
             f'accumulate_steps {config.accumulate_steps} does not divide the {config.batch_size // len(devices)} '

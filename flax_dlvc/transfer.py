@@ -71,6 +71,16 @@ def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[st
     Raises:
         ConfigError: the trained model cannot be had, or nothing of it fits.
     """
+    chosen, reinitialized = _choose(workdir, setup, state)
+    return with_variables(state, chosen), reinitialized
+
+
+def check_origin(workdir: Path, setup: Setup) -> None:
+    """Raises the `ConfigError` that `begin_from` would; only shapes of the run that begins are needed."""
+    _choose(workdir, setup, setup.abstract_state)
+
+
+def _choose(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[dict[str, Any], list[str]]:
     trained = dict(jax.tree_util.tree_leaves_with_path(load_trained(workdir)[1]))
     fresh = {'params': state.params, 'batch_stats': state.batch_stats}
     reinitialized: list[str] = []
@@ -84,4 +94,4 @@ def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[st
     chosen = jax.tree_util.tree_map_with_path(choose, fresh)
     if len(reinitialized) == len(jax.tree.leaves(fresh)):
         raise ConfigError(f'nothing of {workdir} fits {setup.config.model.name}; see --config.init_from')
-    return with_variables(state, chosen), reinitialized
+    return chosen, reinitialized

@@ -206,3 +206,21 @@ def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command, flags,
     assert done.returncode == 2
     assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path, start_processes, flags, start, number):
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        port = listener.getsockname()[1]
+    environment = {'COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'NUM_PROCESSES': '2', 'PROCESS_ID': '0'}
+    process = start('main', *flags, '--workdir', tmp_path / 'run', **environment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == -number
+    assert not (tmp_path / 'run').exists()

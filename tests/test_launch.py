@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,39 @@ sys.exit(128 + {int(number)})
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert [log.read_text() for log in logs] == [f'ready;{int(number)};'] * 2
+
+
+def test_ctrl_c_in_a_terminal_reaches_each_process_once(installed):
+    python = installed / '.venv' / 'bin' / 'python'
+    python.write_text(
+        f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+if 'flax' not in ' '.join(sys.argv):
+    sys.exit(print(23456))
+log = pathlib.Path('{installed}') / ('log' + os.environ['PROCESS_ID'])
+signal.signal(signal.SIGINT, lambda number, _: log.open('a').write(f'{{number}};'))
+log.write_text('ready;')
+end = time.monotonic() + 60
+while log.read_text() == 'ready;' and time.monotonic() < end:
+    time.sleep(0.05)
+time.sleep(0.5)
+sys.exit(130)
+"""
+    )
+    environment = os.environ | {'PYTHON': make_venv_that_installs(installed)}
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.execve(installed / 'launch.sh', ['launch.sh', '--processes', '2', 'configs/cnn.py'], environment)
+    logs = [installed / f'log{process_id}' for process_id in range(2)]
+    end = time.monotonic() + 60
+    while not all(log.exists() and log.read_text() == 'ready;' for log in logs) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.write(terminal, b'\x03')
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert [log.read_text() for log in logs] == [f'ready;{int(signal.SIGINT)};'] * 2
 
 
 SRUN = """#!/usr/bin/env bash

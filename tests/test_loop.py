@@ -360,3 +360,16 @@ def test_without_validation_all_epochs_run_and_the_last_is_tested(small_config, 
     assert evaluate_checkpoint(tmp_path, 'test', 'latest')['accuracy'] == result['test']['accuracy']
     with pytest.raises(ConfigError, match=r'validation split of .* is empty'):
         evaluate_checkpoint(tmp_path, 'validation', 'best')
+
+
+def test_a_directory_that_another_run_made_meanwhile_is_refused(small_config, tmp_path):
+    """Between the first look and the lock lies the loading of the data, in a study hours."""
+    setup = loop.set_up(small_config)
+    other = small_config.copy_and_resolve_references()
+    other.seed = 1
+    rundir.create(tmp_path / 'run', other)
+    with (
+        pytest.raises(ConfigError, match='another config, which differs in seed'),
+        loop.claimed(tmp_path / 'run', setup),
+    ):
+        pytest.fail('claimed')

@@ -122,6 +122,7 @@ def test_a_config_file_with_an_error_is_one_line(tmp_path, command, name):
         (['--config.batch_size=512'], 'larger than the training split'),
         (['--config.batch_size=31', '--config.num_devices=2'], 'not divisible'),
         (['--config.num_devices=5'], 'there are 2 devices'),
+        (['--config.init_from=/nowhere'], '/nowhere'),
         (['--config.model.name=vit', '--config.model.patch_size=5'], 'does not divide'),
     ],
 )

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -281,3 +283,12 @@ except ConfigError as error:
     with rundir.lock(workdir):
         assert f'another process is training in {workdir}' in try_elsewhere()
     assert try_elsewhere() == 'free\n'
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    with pytest.raises(ConfigError, match=r'cannot be locked \(No locks available\)'), rundir.lock(tmp_path):
+        pytest.fail('locked')

@@ -10,6 +10,8 @@ import pytest
 
 from configs import default
 from flax_dlvc import data, steps
+from flax_dlvc.errors import ConfigError
+from flax_dlvc.evaluate import evaluate
 from flax_dlvc.models import MODELS
 from flax_dlvc.setup import Setup, set_up
 
@@ -66,3 +68,17 @@ def test_models_adapt_to_size_channels_and_classes(name, shape):
     apply = functools.partial(setup.model.apply, train=False)
     logits = jax.eval_shape(apply, setup.abstract_state.variables, images)
     assert (logits.shape, logits.dtype) == ((4, 7), jnp.float32)
+
+
+def test_two_devices_share_an_odd_evaluation_batch(small_config):
+    small_config.num_devices, small_config.evaluation_batch_size = 2, 99
+    setup = set_up(small_config)
+    metrics = evaluate(setup, setup.create_state().variables, setup.place(setup.dataset.test))
+    assert metrics['num_examples'] == 300
+
+
+def test_a_trained_model_is_evaluated_on_the_devices_that_there_are(small_config):
+    small_config.num_devices, small_config.batch_size = 64, 63
+    with pytest.raises(ConfigError, match='there are 2 devices'):
+        set_up(small_config)
+    assert len(set_up(small_config, training=False).devices) == 2

@@ -270,6 +270,16 @@ def test_rows_are_sorted_by_number_and_say_how_many_seeds_a_mean_has(tmp_path):
     assert [results.class_names([cell]) for cell in cells] == [CLASSES, CLASSES, ['0', '1']]
 
 
+def test_an_evaluation_of_another_checkpoint_is_left_out(tmp_path):
+    directory = tmp_path / 'cnn' / 'seed_0'
+    write_run(directory, 'cnn', 0, 0.7)
+    evaluation = rundir.read_test_evaluation(directory)
+    for step, known in ((624, True), (312, False)):
+        rundir.write_evaluation(directory, 'test', evaluation | {'step': step})
+        (run,) = results.read_runs(tmp_path)
+        assert bool(run.evaluation) == known and run.test['accuracy'] == 0.7
+
+
 def test_what_cannot_be_compared_is_said(tmp_path):
     write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
     write_run(tmp_path / 'cnn_augment' / 'seed_0', 'cnn_augment', 0, 0.6, num_epochs=8)

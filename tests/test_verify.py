@@ -7,6 +7,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
+from flax_dlvc import verify
+
 
 @pytest.fixture(scope='module')
 def finished_run(tmp_path_factory, command, small_run_flags):
@@ -41,10 +43,40 @@ def cut_metrics(workdir):
     (workdir / 'metrics.jsonl').write_text('\n'.join(lines[:-1]))
 
 
-def truncate_checkpoint(workdir):
-    for path in (workdir / 'checkpoints' / '8' / 'state').rglob('*'):
+def truncate_checkpoint(workdir, step='8'):
+    for path in (workdir / 'checkpoints' / step / 'state').rglob('*'):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-7])
+
+
+def test_metrics_are_the_same_but_for_rounding():
+    """Of 100 examples of each of two classes, one or two may be on the other side elsewhere; three are too many."""
+
+    def metrics(right, cross_entropy=1.0):
+        rows = [[right, 100 - right], [20, 80]]
+        accuracies = {'accuracy': (right + 80) / 200, 'mean_class_accuracy': (right + 80) / 200}
+        by_class = {'per_class_accuracy': [right / 100, 0.8], 'num_examples': 200}
+        return accuracies | by_class | {'cross_entropy': cross_entropy, 'confusion_matrix': rows}
+
+    def compare(said):
+        said = {key: value for key, value in said.items() if key != 'confusion_matrix'}
+        return verify._compare_result(said, metrics(70), 8)
+
+    assert compare(metrics(70, 1.00005)) is None
+    assert compare(metrics(68)) is None
+    assert 'cross_entropy 1.0, not 1.001' in compare(metrics(70, 1.001))
+    for key in ('accuracy', 'mean_class_accuracy', 'per_class_accuracy'):
+        assert f'{key} ' in compare(metrics(67))
+    assert 'num_examples 200, not 201' in compare(metrics(70) | {'num_examples': 201})
+
+
+def test_a_damaged_newest_checkpoint_says_nothing_of_the_history(finished_run, tmp_path, command):
+    workdir = shutil.copytree(finished_run, tmp_path / 'run')
+    truncate_checkpoint(workdir, '12')
+    done = command('verify', '--workdir', workdir)
+    assert done.returncode == 1
+    assert 'the checkpoint of step 12 is damaged' in done.stdout
+    assert 'metrics.jsonl' not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ PHASES = {
     'the last step of an epoch': (loop.Monitor, 'note', 4, 4),
     'TensorBoard, begun': (TensorBoard, 'begin', 1, 1),
     'validation': (loop, 'evaluate', 1, 4),
+    'the last validation': (loop, 'evaluate', 2, 8),
     'saving': (Checkpoints, 'save', 1, 4),
     'metrics': (rundir, 'write_history', 1, 4),
     'TensorBoard': (TensorBoard, 'epoch', 2, 8),
@@ -132,7 +133,7 @@ with pytest.MonkeyPatch.context() as patch:
     run_command(main.main)
 """
 # Those in which a first signal waits for something; all of them by hand, when FLAX_DLVC_KILLS is set.
-ABRUPT_PHASES = tuple(PHASES)[4:15] if 'FLAX_DLVC_KILLS' in os.environ else ('validation', 'saving', 'the final test')
+ABRUPT_PHASES = tuple(PHASES)[4:16] if 'FLAX_DLVC_KILLS' in os.environ else ('validation', 'saving', 'the final test')
 
 
 @pytest.mark.parametrize('phase', ABRUPT_PHASES)
