@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.splits.test = 'test'
     config.batch_size = 128  # examples per step over all devices
     config.accumulate_steps = 1  # parts that a device computes its share of a batch in, to use less memory
-    config.evaluation_batch_size = 500  # examples per forward pass over all devices; changes metrics by rounding at most
+    config.evaluation_batch_size = 500  # examples per forward pass over all devices; metrics change by rounding at most
 
     # Model
     config.model = ConfigDict()

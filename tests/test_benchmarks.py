@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_page_states_the_defaults():
         assert f'{stated:g}' in prose
     step = scaling.program('cnn')
     assert f'| cnn | {step.flops_per_image / 1e6:,.1f} | {step.parameter_bytes:,} | {step.reduced_bytes:,} |' in tables
+
+
+def test_what_the_page_says_of_scaling_is_what_its_tables_say():
+    prose, _, tables = (ROOT / 'docs' / 'scaling.md').read_text().partition(scaling.GENERATED)
+    prose = ' '.join(prose.split())
+    *_, shares, speed_ups, images = (
+        [re.split(r' *\| *', line.strip('| ')) for line in part.splitlines() if re.match(r'\| (cnn|res|vit)', line)]
+        for part in tables.split('**Fixed work')[-1].replace('**Images', '**Fixed total').split('**Fixed total')
+    )
+    kept = [int(re.search(r'\*\*(\d+)%', row[4])[1]) for row in shares if row[0] != 'vit']
+    assert f'keep {min(kept)}-{max(kept)} % with 128 each' in prose
+    times = [float(re.search(r'\*\*([\d.]+)×', row[5])[1]) for row in speed_ups if row[0] != 'vit']
+    assert f'at most {max(times)} times as fast' in prose
+    cnn, resnet18 = (max(int(row[3].split(';')[0]) for row in images if row[0] == name) for name in ('cnn', 'resnet18'))
+    assert f'the CNN {cnn}, the ResNet18 {resnet18} images a GPU' in prose
 
 
 def test_scaling_runs_on_one_and_two_devices(tmp_path):
