@@ -118,8 +118,8 @@ class Checkpoints:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Saves asynchronously; the state may be freed as soon as this returns.
 
-        A step that is saved already stays as it is, as the same step always has the same state; unless its progress was
-        another: then a run was stopped in the validation of that epoch, which has ended now.
+        A step that is saved already stays as it is, as the same step always has the same state; unless an epoch has
+        ended since: then the run was stopped in the validation of that epoch, and its progress says nothing of it.
 
         Raises:
             StorageError: this save or the one before failed.
@@ -130,7 +130,7 @@ class Checkpoints:
         self._policy.best_step = progress.best_step
         if step in self.steps:
             self.wait()
-            if self._has_progress(step, progress):
+            if self._is_as_far(step, progress):
                 return
             self._delete(step)
         fingerprints, finite = inspect(state)
@@ -277,9 +277,10 @@ class Checkpoints:
     def _read_progress(self, step: int) -> Progress:
         return _progress(self._read_content(step))
 
-    def _has_progress(self, step: int, progress: Progress) -> bool:
+    def _is_as_far(self, step: int, progress: Progress) -> bool:
+        """By the number of epochs, on which all processes agree; the speeds in their histories differ."""
         try:
-            return self._read_progress(step) == progress
+            return len(self._read_progress(step).history) == len(progress.history)
         except DamagedError:
             return False
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, run_command
 from flax_dlvc.models.layers import traced_for
-from flax_dlvc.predict import probabilities
 from flax_dlvc.setup import Setup
+from flax_dlvc.steps import probabilities
 from flax_dlvc.transfer import load_trained
 
 PLATFORMS = ('cpu', 'cuda')
@@ -29,12 +29,12 @@ def inference_function(setup: Setup, variables: Any) -> jax.export.Exported:
 
     The layers take the faster route for each platform; the parameters are there once.
     """
-    mean, std = setup.dataset.mean, setup.dataset.std
+    mean, std, views = setup.dataset.mean, setup.dataset.std, setup.config.test_time_augmentation
 
     def forward(platform: str) -> Any:
         def forward(variables: Any, images: jax.Array) -> jax.Array:
             with traced_for(platform):
-                return probabilities(setup.model, variables, images, mean=mean, std=std)
+                return probabilities(setup.model, variables, images, mean=mean, std=std, views=views)
 
         return forward
 

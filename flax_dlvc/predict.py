@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,14 +39,6 @@ class Prediction(NamedTuple):
     heat: np.ndarray | None
 
 
-def probabilities(
-    model: nn.Module, variables: Any, images: jax.Array, *, mean: Sequence[float], std: Sequence[float]
-) -> jax.Array:
-    """Maps images (B, H, W, C) uint8 to the probabilities (B, K) float32 of their classes."""
-    logits: Any = model.apply(variables, normalize(images.astype(jnp.float32) / 255, mean, std), train=False)
-    return nn.softmax(logits)
-
-
 def predict(
     setup: Setup, variables: Any, paths: Iterable[Path], *, explained: bool = False
 ) -> Iterator[Prediction | tuple[Path, ImageError]]:
@@ -59,14 +50,11 @@ def predict(
         paths: image files.
         explained: whether to ask where the model looked.
     """
-    mean, std = setup.dataset.mean, setup.dataset.std
 
     @jax.jit
-    def forward(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        heat = None
-        if explained:
-            heat = explain(setup.model, variables, normalize(images.astype(jnp.float32) / 255, mean, std))
-        return probabilities(setup.model, variables, images, mean=mean, std=std), heat
+    def look(variables: Any, images: jax.Array) -> jax.Array:
+        seen = normalize(images.astype(jnp.float32) / 255, setup.dataset.mean, setup.dataset.std)
+        return explain(setup.model, variables, seen)
 
     for batch in _batched(paths, BATCH_SIZE):
         with without_warnings():
@@ -77,14 +65,14 @@ def predict(
             size = 1 if len(images) == 1 else BATCH_SIZE
             padded = np.zeros((size, *setup.dataset.image_shape), np.uint8)
             padded[: len(images)] = images
-            outputs = jax.tree.map(np.asarray, forward(variables, padded))
+            scores = np.asarray(setup.prediction_step(variables, padded))
+            heat = np.asarray(look(variables, padded)) if explained else None
         row = itertools.count()
         for path, image in read:
             if isinstance(image, ImageError):
                 yield path, image
             else:
                 index = next(row)
-                scores, heat = outputs
                 yield Prediction(path, image, scores[index], None if heat is None else heat[index])
 
 

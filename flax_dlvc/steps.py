@@ -305,12 +305,19 @@ def make_evaluation_step(
 def make_prediction_step(
     *, model: nn.Module, mean: Sequence[float], std: Sequence[float], views: str = 'none'
 ) -> PredictionStep:
-    """Builds the prediction step: the probabilities of the classes, on one device, by the evaluation step's logits."""
+    """Builds the prediction step: `probabilities`, on one device."""
 
     def prediction_step(variables: Any, images: jax.Array) -> jax.Array:
-        return nn.softmax(logits_of(model, variables, images, mean=mean, std=std, views=views))
+        return probabilities(model, variables, images, mean=mean, std=std, views=views)
 
     return jax.jit(prediction_step)
+
+
+def probabilities(
+    model: nn.Module, variables: Any, images: jax.Array, *, mean: Sequence[float], std: Sequence[float], views: str
+) -> jax.Array:
+    """Probabilities (B, K) of the classes of images (B, H, W, C) uint8, by the logits that are evaluated."""
+    return nn.softmax(logits_of(model, variables, images, mean=mean, std=std, views=views))
 
 
 def logits_of(

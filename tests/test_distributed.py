@@ -149,7 +149,7 @@ def test_a_killed_process_takes_the_other_down_and_the_run_goes_on_later(tmp_pat
         processes = start_processes(2, 1, *flags, '--config.checkpoint_every_steps=1')
         wait_for_step(tmp_path / 'run', step)
         processes[victim].kill()
-        codes, _, errors = finish(processes, 60)
+        codes, _, errors = finish(processes)
         assert codes[victim] == -signal.SIGKILL
         if victim == 1:
             assert codes[0] == 5, errors[0]
@@ -171,7 +171,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, start_proc
         processes = start_processes(2, 1, *flags)
         wait_for_step(tmp_path / 'run', step)
         processes[receiver].send_signal(signal.SIGTERM)
-        codes, _, errors = finish(processes, 60)
+        codes, _, errors = finish(processes)
         assert codes == [143, 143], errors
         assert len({error.splitlines()[-1] for error in errors}) == 1  # the same step
         assert 'stopped by SIGTERM, saved at step' in errors[0]
@@ -184,7 +184,7 @@ def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_pro
     flags = [*flags, '--workdir', tmp_path / 'run']
     (tmp_path / 'run').mkdir()
     with rundir.lock(tmp_path / 'run'):
-        codes, _, errors = finish(start_processes(2, 1, *flags), 100)
+        codes, _, errors = finish(start_processes(2, 1, *flags))
     assert codes == [2, 2], errors
     assert all('another process is training in' in error for error in errors)
 

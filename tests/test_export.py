@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL_RUN
 from PIL import Image
 
 from configs import cnn, resnet18, vit
-from flax_dlvc import export, predict
+from flax_dlvc import export
 from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.images import read_image
 from flax_dlvc.setup import set_up
@@ -46,11 +46,22 @@ def test_exported_function_gives_the_same_probabilities_for_any_batch(workdir, t
     assert description['input']['shape'][1:] == list(exported.in_avals[0].shape[1:])
 
     setup, variables = load_trained(workdir)
-    mean, std = setup.dataset.mean, setup.dataset.std
     for size in (1, 5):
         images = np.random.default_rng(size).integers(0, 256, (size, *setup.dataset.image_shape), np.uint8)
-        expected = predict.probabilities(setup.model, variables, images, mean=mean, std=std)
+        expected = setup.prediction_step(variables, images)
         np.testing.assert_allclose(exported.call(images), expected, atol=1e-6)
+
+
+def test_the_views_of_the_config_are_averaged(workdir):
+    setup, variables = load_trained(workdir)
+    images = np.random.default_rng(0).integers(0, 256, (3, *setup.dataset.image_shape), np.uint8)
+    once = setup.prediction_step(variables, images)
+    setup.config.test_time_augmentation = 'mirror'
+    del setup.__dict__['prediction_step']
+    expected = setup.prediction_step(variables, images)
+    assert np.abs(expected - once).max() > 1e-4
+    exported = export.inference_function(setup, jax.device_get(variables))
+    np.testing.assert_allclose(exported.call(images), expected, atol=1e-6)
 
 
 def test_parameters_are_in_the_file_once_and_each_platform_has_its_route(workdir):
@@ -79,7 +90,7 @@ def test_readme_script_runs_without_this_package(workdir, tmp_path):
         [sys.executable, '-c', blocked], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    scores = predict.probabilities(setup.model, variables, image[None], mean=setup.dataset.mean, std=setup.dataset.std)
+    scores = setup.prediction_step(variables, image[None])
     name, probability = done.stdout.split()
     assert int(name) == int(np.argmax(scores))
     assert float(probability) == pytest.approx(float(np.max(scores)), abs=1e-3)

@@ -58,6 +58,17 @@ def test_probabilities_are_the_models_and_need_no_dataset(
         assert record['predictions'][0]['class'] == str(expected.argmax())
 
 
+def test_the_views_of_the_config_are_averaged_as_in_the_test(run_directory, pictures):
+    setup, variables = load_trained(run_directory)
+    setup.config.test_time_augmentation = 'mirror'
+    (prediction,) = predict.predict(setup, variables, [pictures / 'digit_0.png'])
+    images = np.stack([prediction.image, prediction.image[:, ::-1]]).astype(np.float32) / 255
+    normalized = (images - np.float32(setup.dataset.mean)) / np.float32(setup.dataset.std)
+    logits = setup.model.apply(variables, normalized, train=False)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+    np.testing.assert_allclose(prediction.probabilities, jax.nn.softmax(logits.mean(axis=0)), atol=1e-6)
+
+
 def test_a_path_in_brackets_is_shown_as_it_is(run_directory, pictures, tmp_path, capsys):
     path = tmp_path / 'red[edit]' / '[' / 'digit.png'
     path.parent.mkdir(parents=True)

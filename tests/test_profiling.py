@@ -87,7 +87,6 @@ def test_a_profile_says_where_the_time_went_and_traces_a_few_steps(profiled_run,
 
     (perfetto,) = tmp_path.glob('profile/plugins/profile/*/perfetto_trace.json.gz')
     assert len(list(perfetto.parent.glob('*.xplane.pb'))) == 1
-    assert sum(path.stat().st_size for path in perfetto.parent.iterdir()) < 60e6  # 2 MB in a process of its own
     events = json.loads(gzip.decompress(perfetto.read_bytes()))['traceEvents']
     marked = {event['args']['step_num'] for event in events if event.get('name') == 'train'}
     assert marked == {str(call) for call in range(2, 8)}  # of eight calls: the first two compile
