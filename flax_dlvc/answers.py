@@ -78,10 +78,12 @@ def _mean(accuracies: Sequence[float | None]) -> str:
 def _against_none(cells: Sequence[Cell]) -> str:
     lines = []
     for cell in cells:
-        if cell.regularization != 'none':
-            plain = _plain(cell, cells)
-            compared = plain and f'* {_title(cell)}, against none: {verdict(cell, plain)}.'
-            lines.append(compared or _without_partner(cell, 'without regularisation'))
+        if cell.regularization == 'none':
+            continue
+        if plain := _plain(cell, cells):
+            lines.append(f'* {_title(cell)}, against none: {verdict(cell, plain)}.')
+        else:
+            lines.append(_without_partner(cell, 'without regularisation'))
     early = [run for cell in cells for run in cell.finished if run.result and run.result['stopped_early']]
     total = sum(len(cell.finished) for cell in cells)
     lines.append(f'* Early stopping ended {len(early)} of {total} runs before their last epoch.')
@@ -117,8 +119,8 @@ def crop_scale(cell: Cell) -> float:
 
 
 def _crop_scale(cells: Sequence[Cell]) -> str:
-    lines = []
-    for title, members in crop_scales(cells):
+    lines, series = [], crop_scales(cells)
+    for title, members in series:
         by_scale = ', '.join(f'{crop_scale(cell):g}: {_mean(cell.values("accuracy"))} %' for cell in members)
         lines.append(f'* {title}; test accuracy by the lowest area of a crop: {by_scale}.')
         strongest, *gentler = members
@@ -128,7 +130,7 @@ def _crop_scale(cells: Sequence[Cell]) -> str:
         if plain:
             for cell in gentler:
                 lines.append(f'  * {crop_scale(cell):g} against no regularisation: {verdict(cell, plain)}.')
-    seen = {members[0].model for _, members in crop_scales(cells)}
+    seen = {members[0].model for _, members in series}
     missing = [model for model in dict.fromkeys(cell.model for cell in cells) if model not in seen]
     if missing:
         names = tables.escape_markdown(', '.join(map(results.model_title, missing)))

@@ -47,9 +47,7 @@ def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
             planned.state = 'finished'
             board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
-    if len(waiting) == len(
-        grid
-    ):  # nothing is there yet: a dataset that cannot be had is the study's error, not a run's
+    if len(waiting) == len(grid):  # nothing has begun: a dataset that cannot be had is no single run's failure
         data.load(waiting[0].config)
     if parallel_runs > 1:
         _check_devices(parallel_runs)

@@ -16,16 +16,19 @@ from flax_dlvc import rundir
 pytestmark = pytest.mark.timeout(280)
 
 
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
 @pytest.fixture(scope='module')
 def start_processes(start):
     """Starts a run of several processes, `devices` CPU devices each; none of them outlives the test."""
     with contextlib.ExitStack() as stack:
 
         def start_processes(count, devices, *arguments, **environment):
-            with socket.socket() as listener:
-                listener.bind(('127.0.0.1', 0))
-                port = listener.getsockname()[1]
-            environment |= {'COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'NUM_PROCESSES': str(count)}
+            environment |= {'COORDINATOR_ADDRESS': f'127.0.0.1:{free_port()}', 'NUM_PROCESSES': str(count)}
             environment |= {'JAX_NUM_CPU_DEVICES': str(devices)}
             processes = [start('main', *arguments, PROCESS_ID=str(process), **environment) for process in range(count)]
             for process in processes:
@@ -209,10 +212,8 @@ def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command, flags,
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path, start_processes, flags, start, number):
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        port = listener.getsockname()[1]
+def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path, flags, start, number):
+    port = free_port()
     environment = {'COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'NUM_PROCESSES': '2', 'PROCESS_ID': '0'}
     process = start('main', *flags, '--workdir', tmp_path / 'run', **environment)
     deadline = time.monotonic() + 60

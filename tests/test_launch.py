@@ -170,8 +170,9 @@ def test_a_process_that_fails_is_named_and_its_exit_code_is_the_runs(installed):
     assert 'process 1 of 3 ended with exit code 5' in done.stderr
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_each_process_once(installed, number):
+@pytest.fixture
+def listening(installed):
+    """The same, but python logs the signals that it gets; the logs of two processes, and how to wait for both."""
     python = installed / '.venv' / 'bin' / 'python'
     python.write_text(
         f"""#!{sys.executable}
@@ -182,54 +183,50 @@ log = pathlib.Path('{installed}') / ('log' + os.environ['PROCESS_ID'])
 for each in (signal.SIGTERM, signal.SIGINT):
     signal.signal(each, lambda number, _: log.open('a').write(f'{{number}};'))
 log.write_text('ready;')
-while log.read_text() == 'ready;':
+end = time.monotonic() + 60
+while log.read_text() == 'ready;' and time.monotonic() < end:
     time.sleep(0.05)
 time.sleep(0.5)
-sys.exit(128 + {int(number)})
+sys.exit(128 + int(log.read_text().split(';')[1]))
 """
     )
-    environment = os.environ | {'PYTHON': make_venv_that_installs(installed)}
+    logs = [installed / f'log{process_id}' for process_id in range(2)]
+
+    def wait():
+        end = time.monotonic() + 60
+        while not all(log.exists() and log.read_text() == 'ready;' for log in logs) and time.monotonic() < end:
+            time.sleep(0.05)
+
+    return logs, wait
+
+
+TWO_PROCESSES = ('launch.sh', '--processes', '2', 'configs/cnn.py')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_each_process_once(installed, listening, number):
+    logs, wait = listening
     process = subprocess.Popen(
-        [installed / 'launch.sh', '--processes', '2', 'configs/cnn.py'],
-        env=environment,
+        TWO_PROCESSES,
+        executable=installed / 'launch.sh',
+        env=os.environ | {'PYTHON': make_venv_that_installs(installed)},
         # A shell that was started with SIGINT ignored, as in the background, cannot trap it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    logs = [installed / f'log{process_id}' for process_id in range(2)]
-    end = time.monotonic() + 60
-    while not all(log.exists() and log.read_text() == 'ready;' for log in logs) and time.monotonic() < end:
-        time.sleep(0.05)
+    wait()
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert [log.read_text() for log in logs] == [f'ready;{int(number)};'] * 2
 
 
-def test_ctrl_c_in_a_terminal_reaches_each_process_once(installed):
-    python = installed / '.venv' / 'bin' / 'python'
-    python.write_text(
-        f"""#!{sys.executable}
-import os, pathlib, signal, sys, time
-if 'flax' not in ' '.join(sys.argv):
-    sys.exit(print(23456))
-log = pathlib.Path('{installed}') / ('log' + os.environ['PROCESS_ID'])
-signal.signal(signal.SIGINT, lambda number, _: log.open('a').write(f'{{number}};'))
-log.write_text('ready;')
-end = time.monotonic() + 60
-while log.read_text() == 'ready;' and time.monotonic() < end:
-    time.sleep(0.05)
-time.sleep(0.5)
-sys.exit(130)
-"""
-    )
+def test_ctrl_c_in_a_terminal_reaches_each_process_once(installed, listening):
+    logs, wait = listening
     environment = os.environ | {'PYTHON': make_venv_that_installs(installed)}
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.execve(installed / 'launch.sh', ['launch.sh', '--processes', '2', 'configs/cnn.py'], environment)
-    logs = [installed / f'log{process_id}' for process_id in range(2)]
-    end = time.monotonic() + 60
-    while not all(log.exists() and log.read_text() == 'ready;' for log in logs) and time.monotonic() < end:
-        time.sleep(0.05)
+        os.execve(installed / 'launch.sh', TWO_PROCESSES, environment)
+    wait()
     os.write(terminal, b'\x03')
     _, status = os.waitpid(child, 0)
     os.close(terminal)
