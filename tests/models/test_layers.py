@@ -279,6 +279,18 @@ def test_random_words_are_as_good_as_random():
     assert abs(((counts - 1024) ** 2 / 1024).sum() - 1023) < 5 * np.sqrt(2 * 1023)
 
 
+def test_in_bfloat16_gelu_and_dropout_round_once():
+    x = jnp.linspace(-4, 4, 801, dtype=jnp.bfloat16)
+    exact = nn.gelu(x.astype(jnp.float32), approximate=False)
+    np.testing.assert_allclose(layers.gelu(x).astype(np.float32), exact, rtol=2**-8, atol=1e-6)
+    assert layers.gelu(x).dtype == jnp.bfloat16
+    x, rngs = jnp.full((500,), 1.75, jnp.bfloat16), {'dropout': jax.random.key(0)}
+    for layer in (layers.Dropout(0.1), layers.StochasticDepth(0.1)):
+        kept = layer.apply({}, x, False, rngs=rngs)
+        assert kept.dtype == jnp.bfloat16
+        assert set(np.asarray(kept, float)) == {0.0, float(jnp.bfloat16(1.75 / 0.9))}
+
+
 def test_gelu_equals_flax():
     x = jnp.linspace(-12, 12, 10001)
     result = jax.vmap(jax.value_and_grad(layers.gelu))(x)
