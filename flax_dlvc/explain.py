@@ -19,18 +19,19 @@ from flax_dlvc.errors import StorageError
 SMALLEST_MAP = 4
 
 
-def explain(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
-    """How much each place of an image counts for the class that the model predicts.
+def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
+    """How much each place of an image counts for a class.
 
     Args:
         model: with attention: `attention_rollout`; without: `grad_cam`.
         variables: its parameters and batch statistics.
         images: (B, H, W, C) float, normalised.
+        classes: (B,) int, the class to explain for each image; attention does not ask for it.
 
     Returns:
         (B, h, w) in [0, 1], for a grid of h times w places.
     """
-    logits, captured = model.apply(variables, images, train=False, mutable=['intermediates'])
+    _, captured = model.apply(variables, images, train=False, mutable=['intermediates'])
     intermediates = captured['intermediates']
     # ('transformer_0', 'attn', 'attention_weights', 0), in the order of the layers
     weights = [
@@ -44,7 +45,7 @@ def explain(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
     else:
         maps = {name: sown[0] for name, sown in intermediates.items() if name.startswith('map_')}
         large = [name for name in sorted(maps) if min(maps[name].shape[1:3]) >= SMALLEST_MAP]
-        heat = grad_cam(model, variables, images, logits.argmax(-1), (large or sorted(maps))[-1], maps)
+        heat = grad_cam(model, variables, images, classes, (large or sorted(maps))[-1], maps)
     return heat / jnp.maximum(heat.max(axis=(1, 2), keepdims=True), jnp.finfo(heat.dtype).tiny)
 
 

@@ -52,9 +52,9 @@ def predict(
     """
 
     @jax.jit
-    def look(variables: Any, images: jax.Array) -> jax.Array:
+    def look(variables: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
         seen = normalize(images.astype(jnp.float32) / 255, setup.dataset.mean, setup.dataset.std)
-        return explain(setup.model, variables, seen)
+        return explain(setup.model, variables, seen, classes)
 
     for batch in _batched(paths, BATCH_SIZE):
         with without_warnings():
@@ -66,7 +66,7 @@ def predict(
             padded = np.zeros((size, *setup.dataset.image_shape), np.uint8)
             padded[: len(images)] = images
             scores = np.asarray(setup.prediction_step(variables, padded))
-            heat = np.asarray(look(variables, padded)) if explained else None
+            heat = np.asarray(look(variables, padded, scores.argmax(axis=1))) if explained else None
         row = itertools.count()
         for path, image in read:
             if isinstance(image, ImageError):

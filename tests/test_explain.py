@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flax_dlvc.explain import attention_rollout, draw, explain, grad_cam
-from flax_dlvc.models import CNN, ResNet18, ViT
+from flax_dlvc.models import CNN, Airbench, ResNet18, ViT
 from flax_dlvc.models.layers import expose
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -53,7 +53,9 @@ def test_grad_cam_finds_the_pixels_that_make_the_class():
     expected = np.zeros((2, 4, 4))
     expected[0, 0, 1], expected[1, 3, 3] = 16 / 16, 32 / 16  # activation times the gradient, 1 / 16
     np.testing.assert_allclose(heat, expected, atol=1e-6)
-    np.testing.assert_allclose(explain(Quadrants(), {}, jnp.asarray(images)), expected / [[[1]], [[2]]], atol=1e-6)
+    heat = explain(Quadrants(), {}, jnp.asarray(images), jnp.array([2, 0]))
+    np.testing.assert_allclose(heat, expected / [[[1]], [[2]]], atol=1e-6)
+    np.testing.assert_array_equal(explain(Quadrants(), {}, jnp.asarray(images), jnp.array([1, 1])), 0)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +64,14 @@ def test_grad_cam_finds_the_pixels_that_make_the_class():
         (CNN(num_classes=5, stage_features=(4, 4, 4), hidden_features=8), (8, 8)),
         (ViT(num_classes=5, embed_dim=8, hidden_dim=8, num_heads=2, num_layers=11, patch_size=8), (4, 4)),
         (ResNet18(num_classes=5), (4, 4)),
+        (Airbench(num_classes=5, widths=(4, 4, 4)), (7, 7)),
     ],
-    ids=['cnn', 'vit', 'resnet18'],
+    ids=['cnn', 'vit', 'resnet18', 'airbench'],
 )
-def test_explaining_leaves_the_logits_alone(model, grid):
+def test_each_model_has_a_place_to_look_at(model, grid):
     variables = initialize(model)
     assert not {'intermediates', 'perturbations'} & set(variables)
-    heat = jax.jit(lambda variables, images: explain(model, variables, images))(variables, IMAGES)
+    heat = jax.jit(lambda *arguments: explain(model, *arguments))(variables, IMAGES, np.array([3, 1]))
     assert heat.shape == (2, *grid)
     assert np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1
     assert len(np.unique(heat)) > 4
@@ -81,7 +84,7 @@ def test_layers_count_in_their_order():
     _, captured = model.apply(variables, IMAGES, train=False, mutable=['intermediates'])
     layers = [captured['intermediates'][f'transformer_{n}']['attn']['attention_weights'][0] for n in range(11)]
     expected = attention_rollout(jnp.stack(layers))[:, 0, 1:].reshape(2, 2, 2)
-    heat = explain(model, variables, jnp.asarray(IMAGES))
+    heat = explain(model, variables, jnp.asarray(IMAGES), jnp.array([0, 0]))
     np.testing.assert_allclose(heat, expected / expected.max(axis=(1, 2), keepdims=True), rtol=1e-4)
 
 

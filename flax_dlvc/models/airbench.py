@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_dlvc.models.layers import LAYOUT, Conv, Dropout, gelu, max_pool
+from flax_dlvc.models.layers import LAYOUT, Conv, Dropout, expose, gelu, max_pool
 
 # PyTorch's default of a convolution: uniform within the inverse root of the fan-in.
 torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -131,7 +131,7 @@ class Airbench(nn.Module):
         x = gelu(Whitening(2, self.dtype, name='whitening')(x))
         for number, features in enumerate(self.widths, start=1):
             block = Block(features, self.depth, self.dtype, self.batch_norm_axis, name=f'block{number}')
-            x = block(x, train=train)
+            x = expose(self, f'map_{number}', block(x, train=train))
         x = x.max(axis=(1, 2))
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         logits = nn.Dense(

@@ -1,9 +1,10 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flax_dlvc.models import create_model
-from flax_dlvc.models.airbench import dirac_init, whitening_kernel
+from flax_dlvc.models.airbench import Block, dirac_init, whitening_kernel
 
 
 def smooth_images(count, size=12):
@@ -75,6 +76,11 @@ def test_dirac_kernel_copies_its_input():
 
 
 def test_a_third_convolution_is_residual():
-    model = create_model('airbench', num_classes=10, dropout_rate=0.0, dtype='float32', widths=(4, 4, 4), depth=3)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
-    assert set(variables['params']['block2']) == {'conv1', 'conv2', 'conv3', 'norm1', 'norm2', 'norm3'}
+    """With fresh statistics and a third kernel of zeros, what is left is the map after the first convolution, twice."""
+    block = Block(4, 3, jnp.float32, None)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    variables = block.init(jax.random.key(0), x, train=False)
+    variables['params']['conv3']['kernel'] = jnp.zeros((3, 3, 4, 4))
+    pooled = nn.max_pool(x, (2, 2), (2, 2))  # the first convolution copies its input
+    expected = nn.gelu(nn.gelu(pooled, approximate=False), approximate=False)
+    np.testing.assert_allclose(block.apply(variables, x, train=False), expected, atol=1e-5)
