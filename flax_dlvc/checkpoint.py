@@ -249,15 +249,20 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         content = self._read_content(step)
         with _orbax_errors_as_damage():
+            saved = self._manager.item_metadata(step)['state']
             # Orbax would cast dtypes and leave out arrays silently.
-            saved = _shapes(self._manager.item_metadata(step)['state'])
-        if not saved:
+            shapes = _shapes(saved)
+        if not shapes:
             raise DamagedError('is damaged (its description is missing)')
-        if saved != _shapes(like):
+        if shapes != _shapes(like):
             raise DamagedError('is of another model than config.json describes')
+        # By the paths of arrays: what is empty may be new since, or gone.
+        targets = _by_path(like)
+        target = jax.tree.map_with_path(lambda path, _: targets[_name(path)], saved)
         with _orbax_errors_as_damage():
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-        state = restored['state']
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+        arrays = _by_path(restored['state'])
+        state = jax.tree.map_with_path(lambda path, _: arrays[_name(path)], like)
         fingerprints, finite = inspect(state)
         if [int(fingerprint) for fingerprint in jax.device_get(fingerprints)] != content['fingerprints']:
             raise DamagedError('is damaged (its values are not those that were saved)')
@@ -363,13 +368,17 @@ def versions() -> dict[str, str]:
     return found | {'python': '.'.join(map(str, sys.version_info[:3]))}
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Path to array: the paths are the same for a state and for what Orbax says it has saved of one."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path, shape and dtype of every array: the same for a state and for what Orbax says it has saved of one."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator='/'): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in leaves
-    }
+    return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _by_path(tree).items()}
 
 
 def _crc32(content: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """Real Orbax directories: what goes in comes out, what is kept, what is refused."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -50,6 +51,17 @@ def test_state_and_progress_come_back_bit_for_bit(tmp_path):
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_of_a_version_with_other_empty_fields_comes_back(tmp_path):
+    state = make_state(10, seed=5)
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    assert fields.pop('ema_batch_stats') == {}
+    older = jax.tree_util.register_dataclass(dataclasses.make_dataclass('Older', [*fields, 'retired']))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(older(**fields, retired={}), make_progress(1, 1))
+    restored, _ = restore(tmp_path, 10)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_what_is_saved_does_not_change_with_the_state(tmp_path):
