@@ -42,8 +42,8 @@ def make_optimizer(
 
     `learning_rate` is the schedule's peak, beside the config so that a compiled step can take it as an argument.
 
-    Weight decay applies to kernels only. It is decoupled in AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) and
-    added to the gradient in SGD, as in PyTorch.
+    Weight decay applies to kernels only, except with Muon (see there). It is decoupled in AdamW (Loshchilov and Hutter
+    2019, arXiv:1711.05101) and added to the gradient in SGD, as in PyTorch.
     """
     optimizer = config.optimizer
     schedule = make_schedule(config, steps_per_epoch, learning_rate)
@@ -73,11 +73,13 @@ def make_muon(
 
     Muon (Jordan et al. 2024) steps along the momentum with its singular values brought near 1, and before each step
     brings every kernel to the norm that it would have with singular values of 1. The whitening bias of `airbench` is
-    trained in the first epochs only. Rates relative to the schedule, and weight decay, are `config.optimizer`'s.
+    trained in the first epochs only. Rates relative to the schedule are `config.optimizer`'s, and so is weight decay:
+    here it is the share that all but the kernels of convolutions lose in a step at the highest rate, times what
+    momentum adds up. `fast94` has airbench's; AdamW's default is far above it.
     """
     optimizer = config.optimizer
-    first_steps = max(1, round(optimizer.whitening_bias_epochs * steps_per_epoch))
-    early = optax.linear_schedule(learning_rate, 0.0, first_steps)
+    first_steps = round(optimizer.whitening_bias_epochs * steps_per_epoch)
+    early = optax.linear_schedule(learning_rate, 0.0, first_steps) if first_steps else optax.constant_schedule(0.0)
 
     def sgd(schedule: optax.Schedule, factor: float) -> optax.GradientTransformation:
         # PyTorch's order: decay is added to the gradient, so that the schedule and the momentum scale it as well.
