@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.name = 'adamw'  # 'adamw', 'sgd' or 'muon' (on convolutions, SGD on everything else)
     config.optimizer.momentum = 0.9  # sgd, muon
-    config.optimizer.weight_decay = 0.01  # decoupled, times the learning rate; spares biases, norms and embeddings
+    config.optimizer.weight_decay = 0.01  # adamw, sgd: of kernels, times the learning rate; muon: see optim.make_muon
     config.optimizer.gradient_clip_norm = 0.0  # global norm; 0 is off
     config.optimizer.newton_schulz_steps = 3  # muon
     config.optimizer.sgd_momentum = 0.85  # muon: of what is trained by SGD
@@ -89,6 +89,6 @@ def get_config() -> ConfigDict:
     config.max_rewinds = 3  # after which a diverging run stops all the same
 
     # Execution
-    config.num_devices = 0  # local devices to use, 0 is all; moves dropout masks, and batch norm if not synchronised
-    config.steps_per_call = 0  # training steps per compiled call; 0 is 1 on a CPU and 50 on an accelerator
+    config.num_devices = 0  # local devices to use, 0 is all; moves dropout masks, mixing, unsynchronised batch norm
+    config.steps_per_call = 0  # training steps per compiled call; 0: 1 on a CPU, 20 to 50 on an accelerator
     return config

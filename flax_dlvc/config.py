@@ -233,7 +233,7 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 # Fields that say how a run is carried out; they may differ when it goes on. Two of them change more than rounding:
-# num_devices and accumulate_steps move dropout masks, and the statistics of a batch norm that is not synchronised.
+# num_devices and accumulate_steps move dropout masks, mixing, and a batch norm that is not synchronised.
 EXECUTION_FIELDS = (
     'accumulate_steps',
     'checkpoint_every_minutes',

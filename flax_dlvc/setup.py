@@ -47,7 +47,7 @@ class Setup:
     @property
     def steps_per_call(self) -> int:
         """Steps in one compiled call."""
-        return self.config.steps_per_call or steps.default_steps_per_call()
+        return self.config.steps_per_call or steps.default_steps_per_call(self.steps_per_epoch)
 
     @property
     def replicated(self) -> jax.sharding.Sharding:

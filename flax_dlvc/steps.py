@@ -34,8 +34,9 @@ PredictionStep = Callable[[Any, np.ndarray], jax.Array]
 class TrainState(flax.struct.PyTreeNode):
     """All that training depends on, besides the config and the data.
 
-    `ema_params` is the moving average of the parameters, empty where there is none. `sums` are those of the current
-    epoch, so that an epoch can be left and taken up again in its middle.
+    `ema_params` and `ema_batch_stats` are moving averages, empty where there are none: batch statistics belong to the
+    parameters that they were made with, so both are averaged alike. `sums` are those of the current epoch, so that an
+    epoch can be left and taken up again in its middle.
     """
 
     step: jax.Array
@@ -43,12 +44,16 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: optax.OptState
     ema_params: Any
+    ema_batch_stats: Any
     sums: Sums
 
     @property
     def variables(self) -> dict[str, Any]:
         """What the model is evaluated with."""
-        return {'params': self.ema_params or self.params, 'batch_stats': self.batch_stats}
+        return {
+            'params': self.ema_params or self.params,
+            'batch_stats': self.ema_batch_stats or self.batch_stats,
+        }
 
 
 def run_devices(num_devices: int) -> list[jax.Device]:
@@ -70,9 +75,15 @@ def local_positions(devices: Sequence[jax.Device]) -> list[int]:
     return [position for position, device in enumerate(devices) if device.process_index == jax.process_index()]
 
 
-def default_steps_per_call() -> int:
-    """Steps worth compiling into one call: one on a CPU, where a loop slows convolutions and dispatch is cheap."""
-    return 1 if jax.default_backend() == 'cpu' else 50
+def default_steps_per_call(steps_per_epoch: int) -> int:
+    """Steps worth compiling into one call: one on a CPU, where a loop slows convolutions and dispatch is cheap.
+
+    Elsewhere 50, or a little less where that divides the epoch: a call of the rest would be another program to compile.
+    """
+    if jax.default_backend() == 'cpu':
+        return 1
+    largest = max(steps for steps in range(1, 51) if steps_per_epoch % steps == 0)
+    return largest if largest >= 20 or largest == steps_per_epoch else 50
 
 
 def create_state(
@@ -90,13 +101,15 @@ def create_state(
     """
     key, _, _ = keys_of(seed)
     variables = model.init(key, jnp.zeros((1, *image_shape)) if images is None else images, train=False)
-    params = variables['params']
+    params, batch_stats = variables['params'], variables.get('batch_stats', {})
+    ema_params, ema_batch_stats = jax.tree.map(jnp.copy, (params, batch_stats)) if ema_decay else ({}, {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get('batch_stats', {}),
+        batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        ema_params=ema_params,
+        ema_batch_stats=ema_batch_stats,
         sums=Sums.empty(num_classes),
     )
 
@@ -159,9 +172,10 @@ def make_train_step(
 ) -> TrainStep:
     """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
 
-    Augmentation has a key per step and example, so it does not depend on the number of devices; dropout has a key per
-    step, device and part of a batch, so its masks do. Batch normalisation uses the statistics of each device and part,
-    unless the model synchronises them over `AXIS`, and the running ones are averaged over the devices.
+    Augmentation of single images has a key per step and example, so it does not depend on the number of devices; mixing
+    and dropout have a key per step, device and part of a batch, so they do. Batch normalisation uses the statistics of
+    each device and part, unless the model synchronises them over `AXIS`, and the running ones are averaged over the
+    devices.
 
     Args:
         model: maps float images (B, H, W, C) to logits (B, K).
@@ -170,7 +184,7 @@ def make_train_step(
         mean: per channel, on the scale [0, 1].
         std: per channel, on the scale [0, 1].
         label_smoothing: probability mass spread over all classes; the reported loss contains it.
-        ema_decay: of the moving average of the parameters, per step; 0 keeps none.
+        ema_decay: of the moving averages of parameters and batch statistics, per step; 0 keeps none.
         accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
         mirror_period: steps of an epoch, in each of which `alternating_mirror` goes the other way; 0 is without it.
         mixing: applied to each device's batch after augmentation; labels are mixed likewise.
@@ -241,12 +255,16 @@ def make_train_step(
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
         updates, opt_state = make_optimizer(learning_rate).update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        averages = state.ema_params, state.ema_batch_stats
+        if ema_decay:
+            averages = optax.incremental_update((params, batch_stats), averages, 1 - ema_decay)
         return TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            ema_params=optax.incremental_update(params, state.ema_params, 1 - ema_decay) if ema_decay else {},
+            ema_params=averages[0],
+            ema_batch_stats=averages[1],
             sums=state.sums.merge(jax.lax.psum(sums, AXIS)),
         )
 

@@ -53,8 +53,11 @@ def with_variables(state: steps.TrainState, variables: dict[str, Any]) -> steps.
     """The state with other parameters and batch statistics, placed where it is."""
     placed = jax.device_put(variables, state.step.sharding)
     params, batch_stats = placed['params'], placed['batch_stats']
-    ema_params = jax.tree.map(jnp.copy, params) if state.ema_params else {}
-    return state.replace(params=params, batch_stats=batch_stats, ema_params=ema_params)
+    state = state.replace(params=params, batch_stats=batch_stats)
+    if not state.ema_params:
+        return state
+    ema_params, ema_batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
+    return state.replace(ema_params=ema_params, ema_batch_stats=ema_batch_stats)
 
 
 def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[steps.TrainState, list[str]]:

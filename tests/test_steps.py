@@ -45,10 +45,12 @@ def train(
     learning_rate=0.05,
     accumulate_steps=1,
     mixing=None,
+    batch_size=BATCH_SIZE,
+    ema_decay=0.0,
 ):
     """Trains from the same start; returns the state and the loss of every step."""
     devices = jax.devices()[:num_devices]
-    state = steps.create_state(model, optax.sgd(learning_rate), (8, 8, 3), NUM_CLASSES, seed=3)
+    state = steps.create_state(model, optax.sgd(learning_rate), (8, 8, 3), NUM_CLASSES, 3, ema_decay)
     state = jax.device_put(state, steps.replicated(devices))
     images, labels = data.place(split, steps.replicated(devices))
     train_step = steps.make_train_step(
@@ -60,14 +62,15 @@ def train(
         label_smoothing=0.0,
         accumulate_steps=accumulate_steps,
         mixing=mixing,
+        ema_decay=ema_decay,
         devices=devices,
     )
-    batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), BATCH_SIZE, num_devices)[:num_steps]
+    batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), batch_size, num_devices)[:num_steps]
     totals = [0.0]
     for indices in steps.calls(batches, 0, steps_per_call):
         state, sums = train_step(np.uint32(3), np.float32(learning_rate), state, images, labels, indices)
         totals.append(float(sums.loss.total))
-    return state, np.diff(totals) / BATCH_SIZE
+    return state, np.diff(totals) / batch_size
 
 
 def assert_trees_close(left, right, tolerance):
@@ -97,14 +100,17 @@ def test_augmentation_does_not_depend_on_the_number_of_devices(split):
 
 
 def test_augmentation_differs_between_examples_and_steps(split):
-    """Scaling each image by its random number: the same image twice in a batch, and in two steps, looks different."""
-    same = data.Split(np.broadcast_to(split.images[:1], split.images.shape), split.labels * 0)
+    """Each image becomes its random number, which is that of its step and of its place in the split."""
 
-    def augmentation(key, image):
-        return image * jax.random.uniform(key)
+    def seen(step, indices):
+        key = steps.keys_of(3)[1]
+        images = split.images[indices]
+        mark = lambda key, image: jnp.full_like(image, jax.random.uniform(key))  # noqa: E731
+        return np.asarray(steps.augment_batch(key, images, indices, jnp.int32(step), mark, 0, None)[0])[:, 0, 0, 0]
 
-    _, losses = train(same, model=make_model(), num_devices=1, augmentation=augmentation, learning_rate=0.0)
-    assert len(np.unique(losses)) == 10
+    first, second = seen(0, np.arange(8)), seen(1, np.arange(8))
+    assert len(np.unique([first, second])) == 16
+    np.testing.assert_array_equal(seen(0, np.arange(8)[::-1]), first[::-1])
 
 
 def test_labels_are_mixed_as_the_images_are(split):
@@ -160,14 +166,38 @@ def test_synchronised_batch_norm_trains_on_two_devices_like_on_one(split):
     assert np.abs(apart - losses_of_one).max() > 1e-3
 
 
+def test_averaged_parameters_come_with_averaged_batch_statistics(split):
+    states = [
+        train(split, model=make_model(name='resnet18'), num_devices=1, num_steps=number, ema_decay=0.5)[0]
+        for number in range(3)
+    ]
+    whole = [{'params': state.params, 'batch_stats': state.batch_stats} for state in states]
+    expected = jax.tree.map(lambda a, b, c: a / 4 + b / 4 + c / 2, *whole)
+    assert_trees_close(states[-1].variables, expected, 1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected['batch_stats'], states[-1].batch_stats)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ('per_epoch', 'per_call'), [(312, 39), (351, 39), (25, 25), (313, 50), (7, 7), (100, 50), (2 * 53, 50)]
+)
+def test_calls_divide_the_epoch_on_an_accelerator(per_epoch, per_call, monkeypatch):
+    assert steps.default_steps_per_call(per_epoch) == 1
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert steps.default_steps_per_call(per_epoch) == per_call
+
+
 def test_dropout_differs_between_steps_and_devices(split):
-    """With a learning rate of zero and one batch again and again, only the masks move the loss."""
+    """With a learning rate of zero and the same example everywhere, only the masks move the loss."""
+    same = data.Split(np.broadcast_to(split.images[:1], split.images.shape), split.labels * 0)
+    arguments = {'learning_rate': 0.0, 'batch_size': 1}
+    _, without = train(same, model=make_model(), num_devices=1, **arguments)
+    assert np.ptp(without) < 1e-5
     model = make_model(dropout_rate=0.5)
-    first = data.Split(split.images[np.arange(NUM_EXAMPLES) % 2], split.labels[np.arange(NUM_EXAMPLES) % 2])
-    _, losses = train(first, model=model, num_devices=1, learning_rate=0.0)
-    assert len(np.unique(losses)) == 10
-    _, losses_of_two = train(first, model=model, num_devices=2, learning_rate=0.0)
-    assert not np.array_equal(losses, losses_of_two)
+    _, losses = train(same, model=model, num_devices=1, **arguments)
+    assert len(np.unique(losses)) > 5
+    _, losses_of_two = train(same, model=model, num_devices=2, learning_rate=0.0, batch_size=2)
+    assert np.abs(losses_of_two - losses).max() > 1e-3  # else the second device has the masks of the first
 
 
 def test_gradient_is_that_of_the_mean_loss_of_the_whole_batch(split):
