@@ -8,6 +8,7 @@ Shapes: N examples, H height, W width, C channels, S steps, D devices, B example
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import re
@@ -241,6 +242,10 @@ class _Digits:
     sizes = {'train': 1497, 'test': 300}  # noqa: RUF012, a constant
 
     def read(self, split: str) -> Split:
+        version = importlib.metadata.version('scikit-learn')  # which takes a second to import
+        return decoded.load(f'digits/{split}', version, partial(self._decode, split))
+
+    def _decode(self, split: str, building: Path) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import StratifiedKFold, train_test_split
 
@@ -253,9 +258,13 @@ class _Digits:
             chosen = np.concatenate([train[fold] for _, fold in folds])
         else:
             chosen = test
-        small = np.rint(digits[chosen].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-        images = np.broadcast_to(small.repeat(4, axis=1).repeat(4, axis=2), (len(chosen), 32, 32, 3))
-        return Split(np.ascontiguousarray(images), labels[chosen].astype(np.int32))
+
+        def read(indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+            for index in chosen[indices]:
+                small = np.rint(digits[index].reshape(8, 8, 1) * (255 / 16)).astype(np.uint8)
+                yield np.broadcast_to(small.repeat(4, axis=0).repeat(4, axis=1), (32, 32, 3)), labels[index]
+
+        decoded.write(building, f'digits {split}', len(chosen), (32, 32, 3), read)
 
 
 class _Tfds:

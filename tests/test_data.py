@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import ROOT, make_config
 from PIL import Image
 
 from flax_dlvc import archive, data, decoded
@@ -70,6 +70,25 @@ def test_digits_are_the_same_in_every_call(digits):
         np.testing.assert_array_equal(split.images, getattr(digits, name).images)
         np.testing.assert_array_equal(split.labels, getattr(digits, name).labels)
         assert zlib.crc32(split.images) == checksum
+
+
+def test_later_starts_need_no_scikit_learn(tmp_path):
+    look = (
+        'import sys; from configs import quickstart; from flax_dlvc import data;'
+        'print(data.load(quickstart.get_config()).train.images.sum(), "sklearn" in sys.modules)'
+    )
+    first, second = (
+        subprocess.run(
+            [sys.executable, '-c', look],
+            cwd=ROOT,
+            env=os.environ | {'FLAX_DLVC_CACHE_DIR': str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    )
+    assert [first[1], second[1]] == ['True', 'False'] and first[0] == second[0]
 
 
 def test_statistics_are_those_of_the_training_images(digits):
