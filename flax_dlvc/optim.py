@@ -66,6 +66,11 @@ def kernels_only(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
+def kernels_and_biases(params: Any) -> Any:
+    """True for what airbench decays; it has no scales of norms, tokens and positions, which are spared."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('kernel', 'bias'), params)
+
+
 def make_muon(
     config: ConfigDict, schedule: optax.Schedule, steps_per_epoch: int, learning_rate: float | jax.Array
 ) -> optax.GradientTransformation:
@@ -74,8 +79,8 @@ def make_muon(
     Muon (Jordan et al. 2024) steps along the momentum with its singular values brought near 1, and before each step
     brings every kernel to the norm that it would have with singular values of 1. The whitening bias of `airbench` is
     trained in the first epochs only. Rates relative to the schedule are `config.optimizer`'s, and so is weight decay:
-    here it is the share that all but the kernels of convolutions lose in a step at the highest rate, times what
-    momentum adds up. `fast94` has airbench's; AdamW's default is far above it.
+    here it is the share that dense kernels and biases lose in a step at the highest rate, times what momentum adds up.
+    `fast94` has airbench's; AdamW's default is far above it.
     """
     optimizer = config.optimizer
     first_steps = round(optimizer.whitening_bias_epochs * steps_per_epoch)
@@ -85,7 +90,7 @@ def make_muon(
         # PyTorch's order: decay is added to the gradient, so that the schedule and the momentum scale it as well.
         decay = optimizer.weight_decay / (learning_rate * factor)
         step = optax.sgd(lambda step: factor * schedule(step), momentum=optimizer.sgd_momentum, nesterov=True)
-        return optax.chain(optax.add_decayed_weights(decay), step)
+        return optax.chain(optax.add_decayed_weights(decay, mask=kernels_and_biases), step)
 
     muon = optax.chain(
         stacked(

@@ -236,6 +236,7 @@ def test_muon_by_definition():
     shapes = {'conv1': (3, 3, 4, 6), 'conv2': (3, 3, 6, 6), 'conv3': (3, 3, 6, 6)}  # two of one shape, as a batch
     params = {name: {'kernel': generator.normal(size=shape)} for name, shape in shapes.items()}
     params |= {'classifier': {'kernel': generator.normal(size=(6, 3))}, 'norm': {'bias': generator.normal(size=6)}}
+    params |= {'scaled norm': {'scale': generator.normal(size=6)}}
     params |= {'whitening': {'bias': generator.normal(size=5)}}
     fields = {'name': 'muon', 'momentum': 0.6, 'weight_decay': 0.01, 'classifier_factor': 3.0, 'bias_factor': 2.0}
     config = make_config(**{f'optimizer.{name}': value for name, value in fields.items()}, **{'learning_rate': 0.1})
@@ -260,7 +261,7 @@ def test_muon_by_definition():
                 continue
             factor = 3.0 if name == 'classifier' else 2.0
             rate_here = 2.0 * 0.1 * max(0, 1 - step / 2) if name == 'whitening' else factor * rate
-            gradient = gradient + 0.01 / (0.1 * factor) * value
+            gradient = gradient + 0.01 / (0.1 * factor) * value * (leaf != 'scale')
             momenta[name][leaf] = 0.85 * momenta[name][leaf] + gradient
             entry[leaf] = value - rate_here * (gradient + 0.85 * momenta[name][leaf])
     assert_close(actual, params, rtol=1e-3)
