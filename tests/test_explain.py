@@ -63,7 +63,7 @@ def test_grad_cam_finds_the_pixels_that_make_the_class():
     [
         (CNN(num_classes=5, stage_features=(4, 4, 4), hidden_features=8), (8, 8)),
         (ViT(num_classes=5, embed_dim=8, hidden_dim=8, num_heads=2, num_layers=11, patch_size=8), (4, 4)),
-        (ResNet18(num_classes=5), (4, 4)),
+        (ResNet18(num_classes=5, stage_sizes=(1, 1, 1, 1)), (4, 4)),
         (Airbench(num_classes=5, widths=(4, 4, 4)), (7, 7)),
     ],
     ids=['cnn', 'vit', 'resnet18', 'airbench'],
