@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ SMALL_RUN = {
     'evaluation_batch_size': 100,
     'num_epochs': 3,
     'num_devices': 1,
+}
+
+# Fields of a ViT that compiles and steps in no time.
+SMALL_VIT = {
+    'model.embed_dim': 16,
+    'model.hidden_dim': 16,
+    'model.num_heads': 2,
+    'model.num_layers': 1,
+    'model.patch_size': 8,
 }
 
 
@@ -112,15 +121,11 @@ def small_config() -> ConfigDict:
 
 @pytest.fixture(scope='session')
 def small_vit_config() -> ConfigDict:
-    """A ViT that compiles and steps in no time, on the same data."""
+    """The smallest ViT on the same data."""
     from configs import vit
 
     config = vit.get_config()
-    config.update_from_flattened_dict(SMALL_RUN)
-    config.update_from_flattened_dict(
-        {'model.embed_dim': 16, 'model.hidden_dim': 16, 'model.num_heads': 2, 'model.num_layers': 1}
-    )
-    config.model.patch_size = 8
+    config.update_from_flattened_dict(SMALL_RUN | SMALL_VIT)
     config.name = 'vit'
     return config
 
@@ -129,6 +134,23 @@ def small_vit_config() -> ConfigDict:
 def small_run_flags() -> list[str]:
     """The same as flags."""
     return [f'--config.{field}={value}' for field, value in SMALL_RUN.items()]
+
+
+@pytest.fixture(scope='session')
+def small_vit_flags(small_run_flags: list[str]) -> list[str]:
+    """Those of the smallest ViT on the same data."""
+    return [*small_run_flags, *(f'--config.{field}={value}' for field, value in SMALL_VIT.items())]
+
+
+@pytest.fixture(scope='module')
+def quick_compilation() -> Iterator[None]:
+    """For files whose programs run for a second: XLA optimises them little, here and in the processes they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+        jax.config.update('jax_disable_most_optimizations', True)
+        yield
+    jax.config.update('jax_disable_most_optimizations', False)
+    jax.clear_caches()  # none of them is left to other files
 
 
 @pytest.fixture(scope='session')

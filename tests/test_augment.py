@@ -29,6 +29,8 @@ from flax_dlvc.augment import (
     trivial_augment,
 )
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 MEAN = (0.5, 0.4, 0.3)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 KEYS = 8192

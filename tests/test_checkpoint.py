@@ -14,6 +14,8 @@ from flax_dlvc.errors import ConfigError
 from flax_dlvc.models import create_model
 from flax_dlvc.stopping import Stopping
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def make_state(step=0, hidden_dim=16, seed=0):
     model = create_model(

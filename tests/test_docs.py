@@ -7,10 +7,9 @@ import shlex
 import signal
 import sys
 
-import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL_VIT
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -33,15 +32,8 @@ NOT_RUN = {
     'python -m benchmarks': 'takes minutes to hours; tests/test_benchmarks.py runs the smallest sizes',
 }
 
-# Besides the flags of a small run: one epoch, and a ViT that compiles in no time.
-SMALLER_STILL = {
-    'num_epochs': 1,
-    'model.embed_dim': 16,
-    'model.hidden_dim': 16,
-    'model.num_heads': 2,
-    'model.num_layers': 1,
-    'model.patch_size': 8,
-}
+# Besides the flags of a small run.
+SMALLER_STILL = {'num_epochs': 1, **SMALL_VIT}
 
 # What the commands leave behind, among other things.
 WRITTEN = (
@@ -124,15 +116,6 @@ def workplace(tmp_path, monkeypatch):
             Image.fromarray(np.uint8(15 * digit.reshape(8, 8))).resize((80, 60)).save(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def quick_compilation():
-    """Programs that run for a second are not worth optimising; none of them is left to other tests."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-    jax.clear_caches()
 
 
 def run(words, monkeypatch):

@@ -11,6 +11,8 @@ from flax_dlvc.explain import attention_rollout, draw, explain, grad_cam
 from flax_dlvc.models import CNN, Airbench, ResNet18, ViT
 from flax_dlvc.models.layers import expose
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 
 

@@ -11,7 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN
+from conftest import ROOT, SMALL_RUN, SMALL_VIT
 from PIL import Image
 
 from configs import cnn, resnet18, vit
@@ -21,7 +21,7 @@ from flax_dlvc.images import read_image
 from flax_dlvc.setup import set_up
 from flax_dlvc.transfer import load_trained, save_as_run
 
-SMALL_VIT = {'model.embed_dim': 16, 'model.hidden_dim': 16, 'model.num_heads': 2, 'model.num_layers': 1}
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture(scope='module', params=[cnn, resnet18, vit], ids=['cnn', 'resnet18', 'vit'])

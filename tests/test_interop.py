@@ -15,6 +15,8 @@ from flax_dlvc.errors import ConfigError
 from flax_dlvc.setup import set_up
 from flax_dlvc.transfer import load_trained, save_as_run
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def test_importing_what_was_exported_is_the_identity(tmp_path, small_vit_config):
     setup = set_up(small_vit_config)

@@ -307,13 +307,14 @@ def test_open_mpi_says_who_is_who(telling):
     assert (process['PROCESS_ID'], process['NUM_PROCESSES']) == ('1', '2')
 
 
-def test_four_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_run_flags, tmp_path):
+@pytest.mark.usefixtures('quick_compilation')
+def test_four_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_vit_flags, tmp_path):
     python = installed / '.venv' / 'bin' / 'python'
     python.write_text(f'#!/bin/sh\ncase "$*" in *"pip install"*) ;; *) exec {sys.executable} "$@" ;; esac\n')
     done = launch(
         installed,
-        ROOT / 'configs' / 'cnn.py',
-        *(flag for flag in small_run_flags if 'num_devices' not in flag),
+        ROOT / 'configs' / 'vit.py',
+        *(flag for flag in small_vit_flags if 'num_devices' not in flag),
         '--config.num_epochs=1',
         f'--workdir={tmp_path / "run"}',
         **slurm,

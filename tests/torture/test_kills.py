@@ -21,11 +21,7 @@ from conftest import ROOT, read_history, restore_latest
 
 KILLS = int(os.environ.get('FLAX_DLVC_KILLS', '20'))
 
-FLAGS = {
-    'cnn': [],
-    'vit': [f'--config.model.{field}=16' for field in ('embed_dim', 'hidden_dim')]
-    + ['--config.model.num_heads=2', '--config.model.num_layers=1', '--config.model.patch_size=8'],
-}
+MODELS = ('cnn', 'vit')
 
 
 def starting(process, workdir, chance):
@@ -59,14 +55,13 @@ def wait(process, seconds):
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)
-@pytest.mark.parametrize('model', FLAGS)
-def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, command, small_run_flags, model):
+@pytest.mark.parametrize('model', MODELS)
+def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, command, small_vit_flags, model):
     arguments = [
         'main',
         '--config',
         ROOT / 'configs' / f'{model}_dropout_augment.py',
-        *small_run_flags,
-        *FLAGS[model],
+        *small_vit_flags,
         '--config.num_epochs=8',
         '--config.checkpoint_every_steps=2',
         '--config.early_stopping.patience=0',
@@ -78,7 +73,7 @@ def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, com
     chance = random.Random(model)
     killed = dict.fromkeys((saving, running, starting), 0)
     workdir = tmp_path / 'killed'
-    while sum(killed.values()) < KILLS // len(FLAGS):
+    while sum(killed.values()) < KILLS // len(MODELS):
         moment = min(killed, key=killed.get)
         process = start(*arguments, '--workdir', workdir)
         try:

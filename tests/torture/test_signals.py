@@ -15,13 +15,40 @@ from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import STOP_SIGNALS, run_command
 from flax_dlvc.report import TensorBoard
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+CHANGES = {'num_epochs': 2, 'dropout_rate': 0.3, 'augment.random_mirror': True}
+
+
+@pytest.fixture(scope='module')
+def config(small_vit_config):
+    config = small_vit_config.copy_and_resolve_references()
+    config.update_from_flattened_dict(CHANGES)
+    return config
+
 
 @pytest.fixture
-def config(small_config):
-    small_config.num_epochs = 2
-    small_config.dropout_rate = 0.3
-    small_config.augment.random_mirror = True
-    return small_config
+def arguments(tmp_path, small_vit_flags):
+    """The same run as a command, in the directory `run`."""
+    changes = [f'--config.{field}={value}' for field, value in CHANGES.items()]
+    return ['--config', ROOT / 'configs' / 'vit.py', '--workdir', tmp_path / 'run', *small_vit_flags, *changes]
+
+
+@pytest.fixture(scope='module')
+def programs(config):
+    """What the runs in this process have compiled."""
+    return setup.set_up(config)
+
+
+@pytest.fixture(autouse=True)
+def shared_programs(programs, monkeypatch):
+    """Sets runs up without compiling anew; the data are loaded as ever."""
+
+    def set_up(config):
+        data.load(config)
+        return programs.variant()
+
+    monkeypatch.setattr(loop, 'set_up', set_up)
 
 
 @pytest.fixture(autouse=True)
@@ -116,9 +143,6 @@ def check(whole, workdir):
     jax.tree.map(np.testing.assert_array_equal, restore_latest(workdir), restore_latest(whole))
 
 
-ARGUMENTS = ('main', '--config', ROOT / 'configs' / 'cnn.py')
-
-
 IN_ANOTHER_PROCESS = """
 import signal, sys
 import pytest, test_signals
@@ -137,12 +161,9 @@ ABRUPT_PHASES = tuple(PHASES)[4:16] if 'FLAX_DLVC_KILLS' in os.environ else ('va
 
 
 @pytest.mark.parametrize('phase', ABRUPT_PHASES)
-def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, small_run_flags, capsys, phase):
+def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, arguments, capsys, phase):
     """It ends the process there and then, by its own default, and the run goes on from what was saved before."""
-    flags = (*small_run_flags, '--config.num_epochs=2', '--config.dropout_rate=0.3')
-    flags = (*flags, '--config.augment.random_mirror=True')
     first, second = STOP_SIGNALS if list(PHASES).index(phase) % 2 else STOP_SIGNALS[::-1]
-    arguments = ('--config', ROOT / 'configs' / 'cnn.py', '--workdir', tmp_path / 'run', *flags)
     done = subprocess.run(
         [sys.executable, '-c', IN_ANOTHER_PROCESS, phase, str(int(first)), str(int(second)), *arguments],
         cwd=ROOT,
@@ -159,8 +180,8 @@ def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, small_run_f
     check(whole_run, tmp_path / 'run')
 
 
-def test_a_signal_while_jax_is_imported(tmp_path, start, small_run_flags):
-    process = start(*ARGUMENTS, '--workdir', tmp_path / 'run', *small_run_flags, PYTHONVERBOSE='1')
+def test_a_signal_while_jax_is_imported(tmp_path, start, arguments):
+    process = start('main', *arguments, PYTHONVERBOSE='1')
     for line in process.stderr:
         if line.startswith("import 'jax._src"):
             break
@@ -171,13 +192,9 @@ def test_a_signal_while_jax_is_imported(tmp_path, start, small_run_flags):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(
-    whole_run, tmp_path, start, command, small_run_flags
-):
+def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(whole_run, tmp_path, start, command, arguments):
     """The two arrive together: the second one while the first waits for the end of a step."""
-    arguments = (*ARGUMENTS, '--workdir', tmp_path / 'run', *small_run_flags, '--config.num_epochs=2')
-    arguments = (*arguments, '--config.dropout_rate=0.3', '--config.augment.random_mirror=True')
-    process = start(*arguments)
+    process = start('main', *arguments)
     for line in process.stdout:
         if line.startswith('epoch   1/'):
             break
@@ -185,6 +202,6 @@ def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
     assert process.wait(10) in (-signal.SIGINT, 143)  # 143: it was quicker
-    done = command(*arguments)
+    done = command('main', *arguments)
     assert (done.returncode, done.stderr) == (0, '')
     check(whole_run, tmp_path / 'run')
