@@ -1,5 +1,6 @@
 """Learning-rate schedules and the optimiser, all of it optax."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,12 +49,12 @@ def make_optimizer(
     optimizer = config.optimizer
     schedule = make_schedule(config, steps_per_epoch, learning_rate)
     if optimizer.name == 'adamw':
-        update = optax.adamw(schedule, weight_decay=optimizer.weight_decay, mask=kernels_only)
+        update = optax.adamw(schedule, weight_decay=optimizer.weight_decay, mask=named('kernel'))
     elif optimizer.name == 'muon':
         update = make_muon(config, schedule, steps_per_epoch, learning_rate)
     else:
         update = optax.chain(
-            optax.add_decayed_weights(optimizer.weight_decay, mask=kernels_only),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=named('kernel')),
             optax.sgd(schedule, momentum=optimizer.momentum),
         )
     if optimizer.gradient_clip_norm > 0:
@@ -61,14 +62,9 @@ def make_optimizer(
     return update
 
 
-def kernels_only(params: Any) -> Any:
-    """True for the kernels of dense and convolutional layers: not for biases, norms, tokens and positions."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
-
-
-def kernels_and_biases(params: Any) -> Any:
-    """True for what airbench decays; it has no scales of norms, tokens and positions, which are spared."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ('kernel', 'bias'), params)
+def named(*names: str) -> Callable[[Any], Any]:
+    """A mask of parameters: True for those with one of the names; dense and convolutional layers have a 'kernel'."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
 def make_muon(
@@ -90,7 +86,8 @@ def make_muon(
         # PyTorch's order: decay is added to the gradient, so that the schedule and the momentum scale it as well.
         decay = optimizer.weight_decay / (learning_rate * factor)
         step = optax.sgd(lambda step: factor * schedule(step), momentum=optimizer.sgd_momentum, nesterov=True)
-        return optax.chain(optax.add_decayed_weights(decay, mask=kernels_and_biases), step)
+        decayed = named('kernel', 'bias')  # all that airbench has; scales of norms, tokens and positions are spared
+        return optax.chain(optax.add_decayed_weights(decay, mask=decayed), step)
 
     muon = optax.chain(
         stacked(

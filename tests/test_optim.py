@@ -8,7 +8,7 @@ import pytest
 
 from configs import default
 from flax_dlvc.models import create_model
-from flax_dlvc.optim import kernels_only, make_optimizer, make_schedule
+from flax_dlvc.optim import make_optimizer, make_schedule, named
 
 STEPS = 10  # per epoch
 
@@ -206,7 +206,7 @@ def test_weight_decay_moves_kernels_only(model, optimizer):
     config = make_config(**{'optimizer.name': optimizer, 'optimizer.weight_decay': 0.2})
     trained = train(config, ones, [zeros])
     assert_close(trained, each_leaf(lambda is_kernel, leaf: leaf * (0.9 if is_kernel else 1.0), ones))
-    spared = {path[-1].key for path, kernel in jax.tree_util.tree_leaves_with_path(kernels_only(ones)) if not kernel}
+    spared = {path[-1].key for path, kernel in jax.tree_util.tree_leaves_with_path(named('kernel')(ones)) if not kernel}
     assert (
         spared
         == {

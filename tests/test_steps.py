@@ -47,6 +47,7 @@ def train(
     mixing=None,
     batch_size=BATCH_SIZE,
     ema_decay=0.0,
+    same_batch=False,
 ):
     """Trains from the same start; returns the state and the loss of every step."""
     devices = jax.devices()[:num_devices]
@@ -66,6 +67,8 @@ def train(
         devices=devices,
     )
     batches = data.training_batches(data.epoch_order(NUM_EXAMPLES, 3, 1), batch_size, num_devices)[:num_steps]
+    if same_batch:
+        batches = np.repeat(batches[:1], num_steps, axis=0)
     totals = [0.0]
     for indices in steps.calls(batches, 0, steps_per_call):
         state, sums = train_step(np.uint32(3), np.float32(learning_rate), state, images, labels, indices)
@@ -111,6 +114,19 @@ def test_augmentation_differs_between_examples_and_steps(split):
     first, second = seen(0, np.arange(8)), seen(1, np.arange(8))
     assert len(np.unique([first, second])) == 16
     np.testing.assert_array_equal(seen(0, np.arange(8)[::-1]), first[::-1])
+
+
+def test_each_training_step_augments_anew(split):
+    """With a learning rate of zero and the same batch every time, only the step's number moves the loss."""
+
+    def augmentation(key, image):
+        return image * jax.random.uniform(key)
+
+    arguments = {'model': make_model(), 'num_devices': 1, 'learning_rate': 0.0, 'same_batch': True}
+    _, without = train(split, **arguments)
+    assert np.ptp(without) < 1e-5
+    _, losses = train(split, **arguments, augmentation=augmentation)
+    assert np.diff(np.sort(losses)).min() > 1e-5
 
 
 def test_labels_are_mixed_as_the_images_are(split):
