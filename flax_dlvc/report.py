@@ -225,12 +225,7 @@ def plot_curves(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_suffix('.tmp.png')
     try:
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
+        pictures.write(figure, path)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
-    finally:  # there is none where all went well
-        with contextlib.suppress(OSError):
-            temporary.unlink()
