@@ -194,10 +194,9 @@ def save_examples(config: ConfigDict, path: Path) -> None:
     _, first = np.unique(split.labels, return_index=True)
     images = np.concatenate([split.images[index] for index in sorted(first)[:NUM_EXAMPLES]], axis=1)
     picture = images.squeeze(-1) if images.shape[-1] == 1 else images
-    temporary = path.with_suffix('.tmp.png')
     try:
-        Image.fromarray(picture).save(temporary)
-        temporary.replace(path)
+        with pictures.whole(path) as temporary:
+            Image.fromarray(picture).save(temporary)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
 

@@ -3,8 +3,9 @@
 Shapes: B batch, N images, H height, W width, C channels, K classes.
 """
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,16 @@ def encode_png(figure: Any) -> bytes:
 
 def write(figure: Any, path: Path) -> None:
     """Writes a .png or .svg file whole or not at all; may raise an `OSError`."""
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format=path.suffix[1:], metadata=METADATA[path.suffix])
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a path of the same suffix to write to; it becomes the file once all went well, and is gone otherwise."""
     temporary = path.with_name(f'.{path.name}')
     try:
-        figure.savefig(temporary, dpi=DPI, format=path.suffix[1:], metadata=METADATA[path.suffix])
+        yield temporary
         temporary.replace(path)
     finally:  # there is none where all went well
         temporary.unlink(missing_ok=True)

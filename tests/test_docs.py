@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_VIT
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -31,9 +31,6 @@ NOT_RUN = {
     'python -m flax_dlvc.data --dataset cifar10': 'needs the official archive; tests/test_archive.py makes small ones',
     'python -m benchmarks': 'takes minutes to hours; tests/test_benchmarks.py runs the smallest sizes',
 }
-
-# Besides the flags of a small run.
-SMALLER_STILL = {'num_epochs': 1, **SMALL_VIT}
 
 # What the commands leave behind, among other things.
 WRITTEN = (
@@ -132,8 +129,8 @@ def run(words, monkeypatch):
     return ended.value.code
 
 
-def test_commands_in_the_documentation_run(workplace, quick_compilation, small_run_flags, monkeypatch, capsys):
-    small_flags = [*small_run_flags, *(f'--config.{field}={value}' for field, value in SMALLER_STILL.items())]
+def test_commands_in_the_documentation_run(workplace, quick_compilation, small_vit_flags, monkeypatch, capsys):
+    small_flags = [*small_vit_flags, '--config.num_epochs=1']
     not_run = set()
     for page, words in commands():
         check_config(words)

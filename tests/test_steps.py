@@ -90,13 +90,15 @@ def test_two_devices_train_like_one(split):
     assert_trees_close(one.params, two.params, 1e-5)
 
 
-def test_augmentation_does_not_depend_on_the_number_of_devices(split):
-    def augmentation(key, image):
-        return image * jax.random.uniform(key)
+def dim(key, image):
+    """An augmentation: an image at a random brightness."""
+    return image * jax.random.uniform(key)
 
+
+def test_augmentation_does_not_depend_on_the_number_of_devices(split):
     model = make_model()
-    _, losses_of_one = train(split, model=model, num_devices=1, augmentation=augmentation)
-    _, losses_of_two = train(split, model=model, num_devices=2, augmentation=augmentation)
+    _, losses_of_one = train(split, model=model, num_devices=1, augmentation=dim)
+    _, losses_of_two = train(split, model=model, num_devices=2, augmentation=dim)
     _, without = train(split, model=model, num_devices=1)
     np.testing.assert_allclose(losses_of_two, losses_of_one, rtol=1e-5)
     assert np.abs(losses_of_one - without).min() > 1e-4
@@ -118,14 +120,10 @@ def test_augmentation_differs_between_examples_and_steps(split):
 
 def test_each_training_step_augments_anew(split):
     """With a learning rate of zero and the same batch every time, only the step's number moves the loss."""
-
-    def augmentation(key, image):
-        return image * jax.random.uniform(key)
-
     arguments = {'model': make_model(), 'num_devices': 1, 'learning_rate': 0.0, 'same_batch': True}
     _, without = train(split, **arguments)
     assert np.ptp(without) < 1e-5
-    _, losses = train(split, **arguments, augmentation=augmentation)
+    _, losses = train(split, **arguments, augmentation=dim)
     assert np.diff(np.sort(losses)).min() > 1e-5
 
 

@@ -61,16 +61,11 @@ def own_handlers():
 
 
 @pytest.fixture(scope='module')
-def whole_directory(tmp_path_factory):
-    return tmp_path_factory.mktemp('whole') / 'run'
-
-
-@pytest.fixture
-def whole_run(config, whole_directory):
-    """The directory of a run that nothing stopped, which the tests share."""
-    if not (whole_directory / 'result.json').exists():
-        loop.run(config, whole_directory)
-    return whole_directory
+def whole_run(config, tmp_path_factory):
+    """The directory of a run that nothing stopped."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    loop.run(config, workdir)
+    return workdir
 
 
 def run(config, workdir, capsys):
