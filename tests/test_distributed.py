@@ -78,7 +78,7 @@ def test_losses_do_not_depend_on_devices_and_processes(tmp_path, start_processes
         'learning_rate=0.001',
     )
     flags = ['--config', ROOT / 'configs' / 'cnn.py', *(f'--config.{field}' for field in fields)]
-    runs = {'1 device': (1, 1), '4 devices': (1, 4), '2 processes of 2 devices': (2, 2)}
+    runs = {'1 device': (1, 1), '2 devices': (1, 2), '4 devices': (1, 4), '2 processes of 2 devices': (2, 2)}
     results = {}
     for name, (processes, devices) in runs.items():
         workdir = tmp_path / name
