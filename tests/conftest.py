@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-# Before JAX is imported anywhere; child processes get the cache, but devices only as they ask for them.
+# Before JAX is imported anywhere; child processes get all of it, so that what one has compiled serves the others: its
+# key in the cache depends on how many devices there are, even where one is used.
 if 'FLAX_DLVC_CACHE_DIR' not in os.environ:
     os.environ['FLAX_DLVC_CACHE_DIR'] = tempfile.mkdtemp(prefix='flax_dlvc_tests_')
     atexit.register(shutil.rmtree, os.environ['FLAX_DLVC_CACHE_DIR'], ignore_errors=True)
 # Of small programs, too: hundreds of tests and processes compile the same ones.
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
 
 import jax
 
 from flax_dlvc import runtime
 
 runtime.spread_convolutions()  # in this process as in those that it starts, to the same bits
-jax.config.update('jax_num_cpu_devices', 2)
-jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_compilation_cache_dir', str(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled')))
 
 ROOT = Path(__file__).parents[1]
@@ -155,13 +155,13 @@ def quick_compilation() -> Iterator[None]:
 
 @pytest.fixture(scope='session')
 def start() -> Callable[..., subprocess.Popen]:
-    """Starts `python -m flax_dlvc.MODULE ARGUMENT …` from the repository's root, on one CPU device."""
+    """Starts `python -m flax_dlvc.MODULE ARGUMENT …` from the repository's root."""
 
     def start(module: str, *arguments: object, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, '-m', f'flax_dlvc.{module}', *map(str, arguments)],
             cwd=ROOT,
-            env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -320,7 +320,6 @@ def test_four_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_vit_
         **slurm,
         PYTHON=make_venv_that_installs(installed),
         PYTHONPATH=str(ROOT),
-        JAX_PLATFORMS='cpu',
         JAX_NUM_CPU_DEVICES='1',
     )
     assert done.returncode == 0, done.stderr

@@ -128,7 +128,7 @@ def test_a_config_file_with_an_error_is_one_line(tmp_path, command, name):
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, command, small_run_flags, flags, telling):
     workdir = tmp_path / 'run'
-    done = command('main', '--config', CONFIG, '--workdir', workdir, *small_run_flags, *flags, JAX_NUM_CPU_DEVICES='2')
+    done = command('main', '--config', CONFIG, '--workdir', workdir, *small_run_flags, *flags)
     assert_refused(done, workdir)
     assert telling in done.stderr
 

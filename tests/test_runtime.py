@@ -39,7 +39,7 @@ print(min(faults))
 def first_lines(**environment):
     process = subprocess.run(
         [sys.executable, '-c', CONVOLUTION],
-        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=True,

@@ -53,7 +53,7 @@ def whole_study(tmp_path_factory, small_run_flags):
     process = subprocess.Popen(
         [sys.executable, '-m', 'flax_dlvc.study', '--workdir', directory, *SMALL_STUDY, *small_run_flags],
         cwd=ROOT,
-        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'TERM': 'xterm', 'COLUMNS': '120', 'LINES': '40'},
+        env=os.environ | {'TERM': 'xterm', 'COLUMNS': '120', 'LINES': '40'},
         stdout=theirs,
         stderr=theirs,
     )
@@ -162,7 +162,6 @@ def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_run_flags):
     process = subprocess.Popen(
         [sys.executable, '-m', 'flax_dlvc.study', '--workdir', tmp_path, *flags],
         cwd=ROOT,
-        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

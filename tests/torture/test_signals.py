@@ -162,7 +162,7 @@ def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, arguments, 
     done = subprocess.run(
         [sys.executable, '-c', IN_ANOTHER_PROCESS, phase, str(int(first)), str(int(second)), *arguments],
         cwd=ROOT,
-        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path)},
+        env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,5 @@
 """Disks that are full, read-only or gone, for real: exit code 4, one line, and the run goes on when they are mended."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_events, read_history
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture
@@ -29,18 +30,18 @@ def mount(tmp_path):
 
 
 @pytest.fixture
-def arguments(tmp_path, small_run_flags):
+def arguments(tmp_path, small_vit_flags):
     workdir = tmp_path / 'run'
-    flags = (*small_run_flags, '--config.num_epochs=2')
-    return 'main', '--config', ROOT / 'configs' / 'cnn.py', '--workdir', workdir, *flags
+    flags = (*small_vit_flags, '--config.num_epochs=2')
+    return 'main', '--config', ROOT / 'configs' / 'vit.py', '--workdir', workdir, *flags
 
 
 @pytest.fixture(scope='module')
-def whole_run(tmp_path_factory, command, small_run_flags):
+def whole_run(tmp_path_factory, command, small_vit_flags):
     """A run of one epoch on a disk with space."""
     workdir = tmp_path_factory.mktemp('whole') / 'run'
-    flags = (*small_run_flags, '--config.num_epochs=1')
-    done = command('main', '--config', ROOT / 'configs' / 'cnn.py', '--workdir', workdir, *flags)
+    flags = (*small_vit_flags, '--config.num_epochs=1')
+    done = command('main', '--config', ROOT / 'configs' / 'vit.py', '--workdir', workdir, *flags)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -135,7 +136,6 @@ def test_output_that_cannot_be_written(arguments):
         done = subprocess.run(
             [sys.executable, '-m', f'flax_dlvc.{arguments[0]}', *map(str, arguments[1:])],
             cwd=ROOT,
-            env=os.environ | {'JAX_PLATFORMS': 'cpu'},
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
