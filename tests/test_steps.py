@@ -170,8 +170,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(split, num_devices):
 
 
 def test_synchronised_batch_norm_trains_on_two_devices_like_on_one(split):
-    own = make_model(name='resnet18')
-    synchronised = make_model(name='resnet18', batch_norm_axis=steps.AXIS)
+    own = make_model(name='airbench', widths=(8,))
+    synchronised = make_model(name='airbench', widths=(8,), batch_norm_axis=steps.AXIS)
     one, losses_of_one = train(split, model=own, num_devices=1, num_steps=3)
     two, losses_of_two = train(split, model=synchronised, num_devices=2, num_steps=3)
     _, apart = train(split, model=own, num_devices=2, num_steps=3)

@@ -169,6 +169,22 @@ def test_statistics_change_in_training_only(small):
     assert all(jax.tree.leaves(changed)) and len(jax.tree.leaves(changed)) == 12
 
 
+def test_statistics_over_an_axis_are_those_of_the_whole_batch(small):
+    make_model, variables, images = small
+    whole, expected = apply(make_model(), variables, images, train=True)
+    halves = images.reshape(2, 2, *images.shape[1:])
+    synchronised = jax.vmap(
+        partial(jitted_apply, make_model(batch_norm_axis='halves'), True), (None, 0, None), axis_name='halves'
+    )
+    logits, changed = synchronised(variables, halves, jax.random.key(0))
+    np.testing.assert_allclose(logits.reshape(whole.shape), whole, atol=1e-4)
+    jax.tree.map(
+        lambda each, one: np.testing.assert_allclose(each, np.stack([one, one]), rtol=1e-4, atol=1e-5),
+        changed['batch_stats'],
+        expected,
+    )
+
+
 def test_statistics_do_not_change_in_evaluation(small):
     make_model, variables, images = small
     evaluate = jax.jit(lambda: make_model().apply(variables, images, train=False, mutable=['batch_stats']))
