@@ -69,8 +69,7 @@ def flags(small_vit_flags):
 
 @pytest.fixture(scope='module')
 def comparable(flags):
-    """The same without what depends on the devices: dropout's masks, and updates as large for gradients that are
-    rounding as for others, AdamW's first ones."""
+    """The same without what depends on the devices: dropout's masks, and AdamW, which makes updates of rounding."""
     changes = ('dropout_rate=0.0', 'optimizer.name=sgd', 'learning_rate=0.01', 'num_epochs=4')
     return [*flags, *(f'--config.{change}' for change in changes)]
 
