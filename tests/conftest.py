@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -98,6 +99,18 @@ def restore_latest(workdir: Path) -> Any:
     setup = set_up(rundir.read_config(workdir))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore(checkpoints.steps[-1], setup.abstract_state)[0]
+
+
+def check_same_run(workdir: Path, expected: Path) -> None:
+    """That two runs have the same history, the same result and, bit for bit, the same newest checkpoint."""
+    assert read_history(workdir) == read_history(expected)
+    assert (workdir / 'result.json').read_text() == (expected / 'result.json').read_text()
+    ours, theirs = (
+        {jax.tree_util.keystr(name): np.asarray(leaf).tobytes() for name, leaf in jax.tree.leaves_with_path(state)}
+        for state in map(restore_latest, (workdir, expected))
+    )
+    assert list(ours) == list(theirs)
+    assert not [name for name in ours if ours[name] != theirs[name]]
 
 
 @pytest.fixture(scope='session')

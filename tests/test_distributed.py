@@ -6,10 +6,8 @@ import signal
 import socket
 import time
 
-import jax
-import numpy as np
 import pytest
-from conftest import ROOT, read_history, restore_latest
+from conftest import ROOT, check_same_run, read_history
 
 from flax_dlvc import rundir
 
@@ -165,10 +163,7 @@ def test_stopped_by_signals_and_killed_the_run_goes_on_to_the_same_bits(tmp_path
     codes, outputs, errors = finish(start_processes(2, 1, *flags))
     assert codes == [0, 0], errors
     assert 'going on after step' in outputs[0]
-    whole = tmp_path / 'whole'
-    assert read_history(tmp_path / 'run') == read_history(whole)
-    assert (tmp_path / 'run' / 'result.json').read_text() == (whole / 'result.json').read_text()
-    jax.tree.map(np.testing.assert_array_equal, restore_latest(tmp_path / 'run'), restore_latest(whole))
+    check_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
 def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_processes, flags):

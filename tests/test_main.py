@@ -7,17 +7,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
-from conftest import ROOT, read_history, restore_latest
+from conftest import ROOT, check_same_run
 
 CONFIG = ROOT / 'configs' / 'cnn_dropout_augment.py'
-
-
-def checkpoint_bytes(workdir):
-    """The values in a run's newest checkpoint, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(restore_latest(workdir))
-    return {jax.tree_util.keystr(path): bytes(leaf) for path, leaf in leaves}
 
 
 @pytest.fixture(scope='module')
@@ -77,10 +70,7 @@ def test_a_run_that_is_interrupted_three_times_goes_on_to_the_same_bits(
 
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
-    whole, _ = whole_run
-    assert read_history(tmp_path / 'run') == read_history(whole)
-    assert (tmp_path / 'run' / 'result.json').read_text() == (whole / 'result.json').read_text()
-    assert checkpoint_bytes(tmp_path / 'run') == checkpoint_bytes(whole)
+    check_same_run(tmp_path / 'run', whole_run[0])
 
 
 BAD_CONFIGS = {
@@ -254,9 +244,7 @@ def test_a_full_disk_ends_the_run_with_4_and_it_goes_on_when_there_is_space(
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
     assert 'going on after step 4' in done.stdout
-    whole, _ = whole_run
-    assert read_history(disk / 'run') == read_history(whole)
-    assert (disk / 'run' / 'result.json').read_text() == (whole / 'result.json').read_text()
+    check_same_run(disk / 'run', whole_run[0])
 
 
 def test_a_second_process_on_a_run_directory_is_refused(tmp_path, start, command, small_run_flags):

@@ -14,10 +14,8 @@ import signal
 import subprocess
 import time
 
-import jax
-import numpy as np
 import pytest
-from conftest import ROOT, read_history, restore_latest
+from conftest import ROOT, check_same_run
 
 KILLS = int(os.environ.get('FLAX_DLVC_KILLS', '20'))
 
@@ -84,17 +82,11 @@ def test_killed_again_and_again_a_run_ends_as_if_left_alone(tmp_path, start, com
             process.kill()
         assert process.returncode in (0, -signal.SIGKILL), stderr
         if process.returncode == 0:  # done before all kills: begin anew
-            check(tmp_path / 'whole', workdir)
+            check_same_run(workdir, tmp_path / 'whole')
             workdir = tmp_path / f'killed after {sum(killed.values())}'
         else:
             killed[moment] += 1
             print(f'{model}: {moment.__name__}, {sorted(path.name for path in workdir.glob("checkpoints/*"))}')
     done = command(*arguments, '--workdir', workdir)
     assert done.returncode == 0, done.stderr
-    check(tmp_path / 'whole', workdir)
-
-
-def check(whole, workdir):
-    assert read_history(workdir) == read_history(whole)
-    assert (workdir / 'result.json').read_text() == (whole / 'result.json').read_text()
-    jax.tree.map(np.testing.assert_array_equal, restore_latest(workdir), restore_latest(whole))
+    check_same_run(workdir, tmp_path / 'whole')

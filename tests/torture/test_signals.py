@@ -5,10 +5,8 @@ import signal
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
-from conftest import ROOT, read_history, restore_latest
+from conftest import ROOT, check_same_run, restore_latest
 
 from flax_dlvc import data, loop, rundir, setup
 from flax_dlvc.checkpoint import Checkpoints
@@ -129,13 +127,7 @@ def test_a_signal_in_every_phase(config, whole_run, tmp_path, monkeypatch, capsy
         assert int(restore_latest(tmp_path / 'run').step) == step
 
     assert run(config, tmp_path / 'run', capsys) == (0, '')
-    check(whole_run, tmp_path / 'run')
-
-
-def check(whole, workdir):
-    assert read_history(workdir) == read_history(whole)
-    assert (workdir / 'result.json').read_text() == (whole / 'result.json').read_text()
-    jax.tree.map(np.testing.assert_array_equal, restore_latest(workdir), restore_latest(whole))
+    check_same_run(tmp_path / 'run', whole_run)
 
 
 IN_ANOTHER_PROCESS = """
@@ -172,7 +164,7 @@ def test_a_second_signal_in_every_phase(config, whole_run, tmp_path, arguments, 
     assert 'Traceback' not in done.stderr
     assert not (tmp_path / 'run' / 'result.json').exists()
     assert run(config, tmp_path / 'run', capsys) == (0, '')
-    check(whole_run, tmp_path / 'run')
+    check_same_run(tmp_path / 'run', whole_run)
 
 
 def test_a_signal_while_jax_is_imported(tmp_path, start, arguments):
@@ -199,4 +191,4 @@ def test_a_second_signal_ends_the_process_at_once_and_the_run_goes_on(whole_run,
     assert process.wait(10) in (-signal.SIGINT, 143)  # 143: it was quicker
     done = command('main', *arguments)
     assert (done.returncode, done.stderr) == (0, '')
-    check(whole_run, tmp_path / 'run')
+    check_same_run(tmp_path / 'run', whole_run)
