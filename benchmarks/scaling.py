@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.throughput import Contender, serve, synthetic_setup
+from benchmarks.utilization import count_flops
 
 MODELS = ('cnn', 'resnet18', 'vit')
 GENERATED = '<!-- from here on printed by python -m benchmarks.scaling -->\n'
@@ -196,14 +197,12 @@ class Cluster:
 
 
 def program(model: str) -> Program:
-    """FLOPs of a config's training step, by XLA's cost analysis of the lowered program, and what it averages."""
+    """FLOPs of a config's training step on a GPU, as XLA counts them, and what it averages."""
     setup = synthetic_setup(importlib.import_module(f'configs.{model}_dropout').get_config())
-    split, batch_size = setup.place(setup.dataset.train), 128
-    indices = np.zeros((1, 1, batch_size), np.int32)
-    lowered = setup.train_step.func.lower(*setup.train_step.args, setup.abstract_state, *split, indices)
+    flops, _ = count_flops(setup)
     parameters = num_bytes(setup.abstract_state.params)
     reduced = parameters + num_bytes(setup.abstract_state.batch_stats)
-    return Program(lowered.cost_analysis()['flops'] / batch_size, parameters, reduced)
+    return Program(flops / setup.config.batch_size, parameters, reduced)
 
 
 def compute_seconds(step: Program, cluster: Cluster, images: float) -> float:

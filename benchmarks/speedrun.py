@@ -2,22 +2,30 @@
 
 Timed as the speedruns are: after loading and compiling, from initialisation (whitening included) to the accuracy on the
 test split with the recipe's test-time augmentation. Prints a line per run, then the mean accuracy with its standard
-error, the median seconds, and the floating-point operations of a run as XLA counts them in the compiled programs.
-`--runs 0` counts only.
+error, the median seconds, and the floating-point operations of a run as XLA counts them in the programs. `--runs 0`
+counts only. With `--peer PATH/airbench94_muon.py` (github.com/KellerJordan/cifar10-airbench, with PyTorch) that script
+runs in turn on the same device and images; with `--output DIR` the figures go to DIR/benchmarks.md.
 """
 
-import dataclasses
+import importlib
+import os
 import statistics
+import sys
+import tempfile
 import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from absl import flags
 
+from benchmarks.results import Results, mean_and_error
+from benchmarks.throughput import Contender, serve
+from benchmarks.utilization import count_flops
 from flax_dlvc import data, steps
 from flax_dlvc.config import parse_command_line
-from flax_dlvc.errors import run_command
+from flax_dlvc.errors import ConfigError, run_command
 from flax_dlvc.evaluate import evaluate
-from flax_dlvc.metrics import EvaluationSums
 from flax_dlvc.setup import Setup, set_up
 
 ANCHOR = 0.29e15  # floating-point operations of airbench94's run to 94 % (Jordan 2024, arXiv:2404.00498)
@@ -37,21 +45,64 @@ def train_and_test(setup: Setup, num_epochs: int) -> tuple[float, float]:
     return accuracy, time.perf_counter() - start
 
 
-def count_operations(setup: Setup) -> tuple[float, float]:
-    """Floating-point operations of training and of testing in a whole run, on one device.
+def peer(script: Path, dataset: data.Dataset, connection: Connection) -> None:
+    """A process that runs airbench's script, unchanged but for its data: `run(name)` answers accuracy and seconds.
 
-    Counted in the program as it was written, before a backend replaces operations by calls that XLA cannot look into.
+    Its seconds are its own, by CUDA events: whitening, training and the last test, without what lies between.
     """
-    config = setup.config
-    train_split, test_split = setup.place(setup.dataset.train), setup.place(setup.dataset.test)
-    state = setup.abstract_state
-    indices = np.zeros((1, 1, config.batch_size), np.int32)
-    step = setup.train_step.func.lower(*setup.train_step.args, state, *train_split, indices).cost_analysis()['flops']
-    indices = np.zeros((1, 1, config.evaluation_batch_size), np.int32)
-    sums = setup.empty_sums(EvaluationSums)
-    test = setup.evaluation_step.lower(state.variables, sums, *test_split, indices)
-    num_tests = -(-len(setup.dataset.test) // config.evaluation_batch_size)
-    return step * config.num_epochs * setup.steps_per_epoch, test.cost_analysis()['flops'] * num_tests
+    import torch
+
+    module_directory, directory = script.resolve().parent, tempfile.mkdtemp()
+    os.chdir(directory)  # where the script looks for its data
+    Path('cifar10').mkdir()
+    for name in ('train', 'test'):
+        split = getattr(dataset, name)
+        tensors = {'images': torch.tensor(split.images), 'labels': torch.tensor(split.labels).long()}
+        torch.save(tensors | {'classes': list(dataset.class_names)}, f'cifar10/{name}.pt')
+    sys.path.insert(0, str(module_directory))
+    airbench = importlib.import_module(script.stem)
+    model = airbench.CifarNet().cuda().to(memory_format=torch.channels_last)
+    model.compile(mode='max-autotune')
+    seconds = []
+    airbench.print_training_details = lambda variables, is_final_entry: seconds.append(variables['time_seconds'])
+
+    def run(name: str) -> tuple[float, float]:
+        return airbench.main(name, model), seconds[-1]
+
+    serve(connection, {'run': run})
+
+
+def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
+    """Runs the recipe, and the peer's script in turn where there is one.
+
+    Returns:
+        `device`, `flops` of training and of testing in a run, and for 'ours' and 'peer' the `accuracy` and `seconds` of
+        every run.
+    """
+    contenders: dict[str, Any] = {
+        'ours': lambda seed: train_and_test(setup.variant(seed=seed), setup.config.num_epochs)
+    }
+    if script is not None:
+        there = Contender(peer, script, setup.dataset)
+        there.ask('run', 'warmup')
+        contenders['peer'] = lambda seed: there.ask('run', str(seed))[0]
+    if num_runs:
+        train_and_test(setup, 1)  # compiles
+    results: dict[str, dict[str, list[float]]] = {name: {'accuracy': [], 'seconds': []} for name in contenders}
+    for seed in range(setup.config.seed, setup.config.seed + num_runs):
+        for name, run in contenders.items():
+            accuracy, seconds = run(seed)
+            results[name]['accuracy'].append(accuracy)
+            results[name]['seconds'].append(seconds)
+            print(f'{name}, seed {seed}: {accuracy:.4f} in {seconds:.3f} s', flush=True)
+    if script is not None:
+        there.stop()
+    train, test = count_flops(setup)
+    flops = {
+        'training': train * setup.config.num_epochs * setup.steps_per_epoch,
+        'testing': test * -(-len(setup.dataset.test) // setup.config.evaluation_batch_size),
+    }
+    return {'device': setup.devices[0].device_kind, 'flops': flops, **results}
 
 
 def main(argv: list[str]) -> None:
@@ -59,28 +110,29 @@ def main(argv: list[str]) -> None:
 
     def define_flags(flag_values: flags.FlagValues) -> None:
         flags.DEFINE_integer('runs', 50, 'Runs, of seeds 0, 1, …', lower_bound=0, flag_values=flag_values)
+        flags.DEFINE_string('peer', '', "A script of airbench's to run in turn.", flag_values=flag_values)
+        flags.DEFINE_string('output', '', 'Directory of benchmarks.json and .md.', flag_values=flag_values)
 
     flag_values = parse_command_line(argv, define_flags)
-    config = flag_values.config
-    setup = set_up(config)
-    accuracies, seconds = [], []
-    for run in range(flag_values.runs):
-        seeded = config.copy_and_resolve_references()
-        seeded.seed = config.seed + run
-        this = dataclasses.replace(setup, config=seeded)
-        train_and_test(this, 1)  # compiles
-        accuracy, spent = train_and_test(this, config.num_epochs)
-        accuracies.append(accuracy)
-        seconds.append(spent)
-        print(f'seed {seeded.seed}: {accuracy:.4f} in {spent:.2f} s', flush=True)
-    device = setup.devices[0].device_kind
-    if accuracies:
-        error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else float('nan')
-        print(f'{config.name}, {len(accuracies)} runs on {len(setup.devices)} x {device}')
-        print(f'accuracy {statistics.mean(accuracies):.4f} ± {error:.4f} (mean and its standard error)')
-        print(f'seconds {min(seconds):.2f} / {statistics.median(seconds):.2f} / {max(seconds):.2f} (min, median, max)')
-    train, test = count_operations(setup)
-    print(f'operations {train + test:.3g} FLOP: {train:.3g} training, {test:.3g} testing; anchor {ANCHOR:.3g}')
+    script = Path(flag_values.peer) if flag_values.peer else None
+    if script is not None and not script.is_file():
+        raise ConfigError(f'--peer: {script} is not there')
+    results = compare(set_up(flag_values.config), flag_values.runs, script)
+    name = flag_values.config.name
+    for contender in ('ours', 'peer') if flag_values.runs else ():
+        if runs := results.get(contender):
+            seconds = runs['seconds']
+            print(f'{name}, {contender}: {len(seconds)} runs on {results["device"]}')
+            print(f'accuracy {mean_and_error(runs["accuracy"])} (mean and its standard error)')
+            print(
+                f'seconds {min(seconds):.2f} / {statistics.median(seconds):.2f} / {max(seconds):.2f} (min, median, max)'
+            )
+    training, testing = results['flops'].values()
+    print(
+        f'operations {training + testing:.3g} FLOP: {training:.3g} training, {testing:.3g} testing; anchor {ANCHOR:.3g}'
+    )
+    if flag_values.output:
+        Results(Path(flag_values.output)).keep('speedrun', name, results)
 
 
 if __name__ == '__main__':

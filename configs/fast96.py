@@ -3,7 +3,7 @@
 python -m flax_dlvc.main --config configs/fast96.py
 
 The network and the augmentation are airbench96's (github.com/KellerJordan/cifar10-airbench); the optimiser is that of
-fast94. Not yet run in full: its accuracy is to be measured on a GPU.
+fast94. Not yet tested in full: its accuracy is to be measured on a GPU.
 """
 
 from ml_collections import ConfigDict

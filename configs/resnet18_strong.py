@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.splits.train = 'train[:90%]'
     config.splits.validation = 'train[90%:]'
     config.model.stem = 'cifar'
+    config.batch_size = 512
     config.num_epochs = 100
     config.early_stopping.patience = 0
     config.compute_dtype = 'bfloat16'
@@ -24,7 +25,7 @@ def get_config() -> ConfigDict:
     config.augment.cutout = 8
     config.label_smoothing = 0.1
 
-    config.learning_rate = 0.1
+    config.learning_rate = 0.4
     config.optimizer.name = 'sgd'
     config.optimizer.weight_decay = 5e-4
     config.schedule.name = 'one_cycle'

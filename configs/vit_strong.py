@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     config = vit.get_config()
     config.splits.train = 'train[:90%]'
     config.splits.validation = 'train[90%:]'
+    config.batch_size = 512
+    config.learning_rate = 1e-3
     config.num_epochs = 300
     config.early_stopping.patience = 0
     config.compute_dtype = 'bfloat16'
@@ -26,7 +28,7 @@ def get_config() -> ConfigDict:
     config.augment.cutmix_alpha = 1.0
     config.label_smoothing = 0.1
     config.model.stochastic_depth_rate = 0.1
-    config.ema_decay = 0.9995
+    config.ema_decay = 0.998
 
     config.optimizer.weight_decay = 0.05
     config.optimizer.gradient_clip_norm = 1.0

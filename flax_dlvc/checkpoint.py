@@ -362,10 +362,14 @@ def inspect(tree: Any) -> tuple[list[jax.Array], jax.Array]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes: the package, JAX and the libraries on it, Python."""
-    packages = ('flax_dlvc', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+    """Versions of what computes: the package ('' where it is run uninstalled), JAX and the libraries on it, Python."""
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
     found = {package: importlib.metadata.version(package) for package in packages}
-    return found | {'python': '.'.join(map(str, sys.version_info[:3]))}
+    try:
+        own = importlib.metadata.version('flax_dlvc')
+    except importlib.metadata.PackageNotFoundError:
+        own = ''
+    return {'flax_dlvc': own} | found | {'python': '.'.join(map(str, sys.version_info[:3]))}
 
 
 def _name(path: tuple[Any, ...]) -> str:

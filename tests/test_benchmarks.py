@@ -1,3 +1,4 @@
+import importlib
 import json
 import re
 import subprocess
@@ -7,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import scaling
-from benchmarks.throughput import ratios
+from benchmarks import results, scaling, speedrun, utilization
+from benchmarks.throughput import Contender, ratios, synthetic_setup
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,6 +105,100 @@ def test_scaling_runs_on_one_and_two_devices(tmp_path):
     for row in scaling.rows(value)[1:]:
         assert row.share[0] > 0 and row.images[0] > 0 and row.cores[0] > 0
     assert '| cnn, 2 x 1 |' in (tmp_path / 'benchmarks.md').read_text()
+
+
+def test_flops_of_the_program_for_accelerators_without_what_padding_multiplies():
+    config = importlib.import_module('configs.resnet18').get_config()
+    config.batch_size, config.model.stem = 4, 'cifar'
+    train, _ = utilization.count_flops(synthetic_setup(config))
+    # By layer: kernel positions that lie on the map, twice over, times channels; and the classifier.
+    inside = lambda size, stride: sum(min(size, i + 2) - max(0, i - 1) for i in range(0, size, stride)) ** 2  # noqa: E731
+    widths = [(64, 32, 1), (128, 16, 2), (256, 8, 2), (512, 4, 2)]
+    products, inputs = inside(32, 1) * 3 * 64, 64
+    for width, size, stride in widths:
+        products += inside(size * stride, stride) * inputs * width + 3 * inside(size, 1) * width * width
+        products += size * size * inputs * width * (stride == 2)
+        inputs = width
+    products += 512 * 10
+    assert 4 * 2 * 3 * products < train < 1.05 * 4 * 2 * 3 * products
+
+
+def test_utilization_is_the_share_of_a_product(tmp_path):
+    value = {'images': [10.0, 30.0], 'flops': [100.0, 200.0], 'flops_per_image': 2.0}
+    assert utilization.shares(value) == [0.2, 0.3]
+    options = ['--quick', '--models', 'cnn', '--batch-sizes', '16', '--dtypes', 'float32', '--output', tmp_path]
+    command = [sys.executable, '-m', 'benchmarks', 'utilization', *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    value = json.loads((tmp_path / 'benchmarks.json').read_text())['utilization']['cnn, batch 16, float32']['value']
+    assert value['device'] == 'cpu' and 0 < utilization.shares(value)[0] < 1
+    assert '| cnn, batch 16, float32 | cpu |' in (tmp_path / 'benchmarks.md').read_text()
+
+
+def run_speedrun(*arguments):
+    command = [sys.executable, '-m', 'benchmarks.speedrun', '--config', 'configs/cnn.py', *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_speedrun_prints_and_keeps_every_run(small_run_flags, tmp_path):
+    done = run_speedrun('--runs', 2, *small_run_flags, '--config.num_epochs=1', '--output', tmp_path)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads((tmp_path / 'benchmarks.json').read_text())['speedrun']['cnn']['value']
+    runs = entry['ours']
+    assert len(set(runs['accuracy'])) == 2 and min(runs['seconds']) > 0
+    for seed, (accuracy, seconds) in enumerate(zip(*runs.values(), strict=True)):
+        assert f'ours, seed {seed}: {accuracy:.4f} in {seconds:.3f} s' in done.stdout
+    mean = results.mean_and_error(runs['accuracy'])
+    assert f'accuracy {mean} (mean and its standard error)' in done.stdout
+    assert f'| cnn, ours | cpu | 2 | {mean} |' in (tmp_path / 'benchmarks.md').read_text()
+    # 4 steps of 64 images, forward and backward, and 300 images forward.
+    assert entry['flops']['training'] / entry['flops']['testing'] == pytest.approx(3 * 4 * 64 / 300, rel=0.05)
+
+
+def test_mean_has_a_standard_error():
+    assert results.mean_and_error([0.25, 0.5, 0.75]) == '0.5000 ± 0.1443'
+    assert results.mean_and_error([0.5]) == '0.5000'
+
+
+def test_speedrun_says_which_script_is_missing(small_run_flags):
+    done = run_speedrun(*small_run_flags, '--peer', 'nowhere/airbench94_muon.py')
+    assert (done.returncode, done.stderr) == (2, 'error: --peer: nowhere/airbench94_muon.py is not there\n')
+
+
+PEER = """
+import torch
+
+
+class CifarNet(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def cuda(self):
+        return self
+
+
+def print_training_details(variables, is_final_entry):
+    raise AssertionError('replaced')
+
+
+def main(run, model):
+    train, test = (torch.load(f'cifar10/{name}.pt') for name in ('train', 'test'))
+    for time_seconds in (1.0, len(test['images']) / 1000):
+        print_training_details(locals(), False)
+    return float((train['labels'] == int(run)).float().mean())
+"""
+
+
+def test_peer_script_finds_our_images_and_answers_its_own_seconds(tmp_path, digits):
+    pytest.importorskip('torch', reason='PyTorch, the peer of the benchmarks, is not installed')
+    script = tmp_path / 'peer_script.py'
+    script.write_text(PEER)
+    contender = Contender(speedrun.peer, script, digits)
+    for label in (3, 7):
+        accuracy, seconds = contender.ask('run', str(label))[0]
+        assert accuracy == pytest.approx(np.mean(digits.train.labels == label))
+        assert seconds == len(digits.test) / 1000
+    contender.stop()
 
 
 @pytest.mark.parametrize('name', ['cnn', 'resnet18', 'vit'])

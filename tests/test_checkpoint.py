@@ -1,6 +1,7 @@
 """Real Orbax directories: what goes in comes out, what is kept, what is refused."""
 
 import dataclasses
+import importlib.metadata
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from flax_dlvc import steps
-from flax_dlvc.checkpoint import Checkpoints, Progress, inspect
+from flax_dlvc.checkpoint import Checkpoints, Progress, inspect, versions
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.models import create_model
 from flax_dlvc.stopping import Stopping
@@ -228,3 +229,16 @@ def test_the_fingerprint_changes_with_any_word(dtype):
         assert after != before
     (swapped,) = inspect([leaf[::-1], jax.numpy.ones(1)])[0][:1]
     assert swapped != before
+
+
+def test_a_package_that_is_run_uninstalled_has_no_version(monkeypatch):
+    version = importlib.metadata.version
+
+    def installed(package):
+        if package == 'flax_dlvc':
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    assert versions()['flax_dlvc'] == version('flax_dlvc')
+    monkeypatch.setattr(importlib.metadata, 'version', installed)
+    assert versions()['flax_dlvc'] == '' and versions()['jax'] == version('jax')

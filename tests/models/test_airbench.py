@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_dlvc.models import create_model
-from flax_dlvc.models.airbench import Block, dirac_init, whitening_kernel
+from flax_dlvc.models.airbench import Block, Whitening, dirac_init, whitening_kernel
 
 
 def smooth_images(count, size=12):
@@ -84,3 +84,13 @@ def test_a_third_convolution_is_residual():
     pooled = nn.max_pool(x, (2, 2), (2, 2))  # the first convolution copies its input
     expected = nn.gelu(nn.gelu(pooled, approximate=False), approximate=False)
     np.testing.assert_allclose(block.apply(variables, x, train=False), expected, atol=1e-5)
+
+
+def test_whitening_in_bfloat16_keeps_what_the_filters_enlarge():
+    colours = jax.random.uniform(jax.random.key(0), (8, 1, 1, 3), minval=-2, maxval=2)
+    images = colours + 0.05 * jax.random.normal(jax.random.key(1), (8, 16, 16, 3))  # flat patches: small eigenvalues
+    exact, rounded = (Whitening(2, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    variables = exact.init(jax.random.key(2), images)
+    expected, y = (layer.apply(variables, images) for layer in (exact, rounded))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)

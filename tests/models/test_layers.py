@@ -1,5 +1,6 @@
 """Every layer against flax's own, at every shape that the models use."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -167,12 +168,14 @@ POOLS = [
     ((16, 16), (3, 3), (2, 2), ((1, 1), (1, 1))),
     ((9, 7), (3, 3), (2, 2), 'SAME'),
     ((9, 7), (3, 2), (2, 3), 'VALID'),
+    ((9, 7), (2, 3), (2, 3), 'VALID'),
 ]
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
 @pytest.mark.parametrize('pool', POOLS, ids=str)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_max_pool_equals_flax(pool, dtype):
+def test_max_pool_equals_flax(pool, dtype, platform):
     size, window, strides, padding = pool
     values = jax.random.permutation(jax.random.key(0), 256)  # without ties, exact in bfloat16
     images = [jnp.roll(values, shift)[: size[0] * size[1]].reshape(size) for shift in range(12)]
@@ -182,25 +185,44 @@ def test_max_pool_equals_flax(pool, dtype):
         y, backward = jax.vjp(lambda x: function(x, window, strides, padding), x)
         return y, *backward(jnp.arange(y.size, dtype=dtype).reshape(y.shape) % 64)
 
-    assert maximum_error(value_and_gradient(layers.max_pool), value_and_gradient(nn.max_pool)) == 0
+    with layers.traced_for(platform):
+        ours = value_and_gradient(layers.max_pool)
+    assert maximum_error(ours, value_and_gradient(nn.max_pool)) == 0
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
 @pytest.mark.parametrize('pool', POOLS, ids=str)
-def test_max_pool_splits_the_gradient_of_ties_without_loss(pool):
+def test_max_pool_splits_the_gradient_of_ties_without_loss(pool, platform):
     size, window, strides, padding = pool
     x = jnp.zeros((2, *size, 3))
-    y, backward = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
-    (dx,) = backward(jnp.ones_like(y))
+    with layers.traced_for(platform):
+        y, backward = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
+        (dx,) = backward(jnp.ones_like(y))
     assert dx.min() >= 0
-    assert dx.sum() == pytest.approx(y.size)
+    assert dx.sum() == pytest.approx(y.size, rel=1e-5)
+    if platform == 'gpu' and window == strides:
+        height, width = (length // side * side for length, side in zip(size, window, strict=True))
+        np.testing.assert_allclose(dx[:, :height, :width], 1 / np.prod(window), rtol=1e-6)
 
 
-def test_elsewhere_max_pool_is_the_one_of_flax(monkeypatch):
+@pytest.mark.parametrize('strides', [(2, 2), (1, 1)])
+def test_elsewhere_max_pool_is_the_one_of_flax(monkeypatch, strides):
     x = jnp.ones((2, 8, 8, 3))
-    lower = lambda function: str(jax.make_jaxpr(lambda x: function(x, (2, 2), (2, 2)))(x))  # noqa: E731
-    assert lower(layers.max_pool) != lower(lambda *arguments: nn.max_pool(*arguments))
+    lower = lambda function: jax.jit(lambda x: function(x, (2, 2), strides)).lower(x).as_text()  # noqa: E731
+    flax = lambda *arguments: nn.max_pool(*arguments)  # noqa: E731
+    assert lower(layers.max_pool) != lower(flax)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert lower(layers.max_pool) == lower(lambda *arguments: nn.max_pool(*arguments))
+    assert re.findall(r'stablehlo\.\w+', lower(layers.max_pool)) == re.findall(r'stablehlo\.\w+', lower(flax))
+
+
+def test_elsewhere_the_gradient_of_windows_side_by_side_is_not_scattered():
+    x = jnp.ones((2, 9, 9, 3))
+
+    def program(strides):
+        return jax.jit(jax.grad(lambda x: layers.max_pool(x, (2, 2), strides).sum())).lower(x).as_text()
+
+    with layers.traced_for('gpu'):
+        assert 'select_and_scatter' not in program((2, 2)) and 'select_and_scatter' in program((1, 1))
 
 
 def masks(rate: float, shape: tuple, seed: int = 0) -> np.ndarray:
