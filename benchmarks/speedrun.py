@@ -52,24 +52,24 @@ def peer(script: Path, dataset: data.Dataset, connection: Connection) -> None:
     """
     import torch
 
-    module_directory, directory = script.resolve().parent, tempfile.mkdtemp()
-    os.chdir(directory)  # where the script looks for its data
-    Path('cifar10').mkdir()
-    for name in ('train', 'test'):
-        split = getattr(dataset, name)
-        tensors = {'images': torch.tensor(split.images), 'labels': torch.tensor(split.labels).long()}
-        torch.save(tensors | {'classes': list(dataset.class_names)}, f'cifar10/{name}.pt')
-    sys.path.insert(0, str(module_directory))
-    airbench = importlib.import_module(script.stem)
-    model = airbench.CifarNet().cuda().to(memory_format=torch.channels_last)
-    model.compile(mode='max-autotune')
-    seconds = []
-    airbench.print_training_details = lambda variables, is_final_entry: seconds.append(variables['time_seconds'])
+    sys.path.insert(0, str(script.resolve().parent))
+    with tempfile.TemporaryDirectory() as directory:
+        os.chdir(directory)  # where the script looks for its data
+        Path('cifar10').mkdir()
+        for name in ('train', 'test'):
+            split = getattr(dataset, name)
+            tensors = {'images': torch.tensor(split.images), 'labels': torch.tensor(split.labels).long()}
+            torch.save(tensors | {'classes': list(dataset.class_names)}, f'cifar10/{name}.pt')
+        airbench = importlib.import_module(script.stem)
+        model = airbench.CifarNet().cuda().to(memory_format=torch.channels_last)
+        model.compile(mode='max-autotune')
+        seconds = []
+        airbench.print_training_details = lambda variables, is_final_entry: seconds.append(variables['time_seconds'])
 
-    def run(name: str) -> tuple[float, float]:
-        return airbench.main(name, model), seconds[-1]
+        def run(name: str) -> tuple[float, float]:
+            return airbench.main(name, model), seconds[-1]
 
-    serve(connection, {'run': run})
+        serve(connection, {'run': run})
 
 
 def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
@@ -82,10 +82,13 @@ def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
     contenders: dict[str, Any] = {
         'ours': lambda seed: train_and_test(setup.variant(seed=seed), setup.config.num_epochs)
     }
-    if script is not None:
-        there = Contender(peer, script, setup.dataset)
-        there.ask('run', 'warmup')
-        contenders['peer'] = lambda seed: there.ask('run', str(seed))[0]
+    airbench = Contender(peer, script, setup.dataset) if script else None
+    if airbench:
+        try:
+            airbench.ask('run', 'warmup')
+        except (EOFError, ConnectionError):
+            raise ConfigError(f'{script} does not run here; it wants PyTorch and a GPU, and said why above') from None
+        contenders['peer'] = lambda seed: airbench.ask('run', str(seed))[0]
     if num_runs:
         train_and_test(setup, 1)  # compiles
     results: dict[str, dict[str, list[float]]] = {name: {'accuracy': [], 'seconds': []} for name in contenders}
@@ -95,8 +98,8 @@ def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
             results[name]['accuracy'].append(accuracy)
             results[name]['seconds'].append(seconds)
             print(f'{name}, seed {seed}: {accuracy:.4f} in {seconds:.3f} s', flush=True)
-    if script is not None:
-        there.stop()
+    if airbench:
+        airbench.stop()
     train, test = count_flops(setup)
     flops = {
         'training': train * setup.config.num_epochs * setup.steps_per_epoch,
@@ -110,7 +113,7 @@ def main(argv: list[str]) -> None:
 
     def define_flags(flag_values: flags.FlagValues) -> None:
         flags.DEFINE_integer('runs', 50, 'Runs, of seeds 0, 1, …', lower_bound=0, flag_values=flag_values)
-        flags.DEFINE_string('peer', '', "A script of airbench's to run in turn.", flag_values=flag_values)
+        flags.DEFINE_string('peer', '', 'airbench94_muon.py, to run in turn.', flag_values=flag_values)
         flags.DEFINE_string('output', '', 'Directory of benchmarks.json and .md.', flag_values=flag_values)
 
     flag_values = parse_command_line(argv, define_flags)

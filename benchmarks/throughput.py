@@ -1,4 +1,4 @@
-"""Images/s of the training and the evaluation step, ours against PyTorch's, in turns on the same machine.
+"""Images/s of the training and the evaluation step, ours against PyTorch's, in turns on the CPU of the same machine.
 
 Every contender is a process of its own and does the whole of a step: take a batch of uint8 images by index, normalise,
 forward, cross-entropy, backward, AdamW. They start from equal weights, which is checked by their logits, and work one
@@ -58,6 +58,7 @@ def ours(case: Case, connection: Connection) -> None:
 
     from flax_dlvc.metrics import EvaluationSums
 
+    jax.config.update('jax_platforms', 'cpu')  # where PyTorch's are, whatever else the machine has
     config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
     config.batch_size, config.compute_dtype = case.batch_size, case.dtype
     setup = synthetic_setup(config)

@@ -57,11 +57,13 @@ def worker(case: Case, stem: str, connection: Connection) -> None:
     multiply = jax.jit(jnp.matmul)
 
     def about() -> dict[str, Any]:
-        flops = count_flops(setup)[0] / case.batch_size
-        name = f'{size} x {size}, {dtype}'
-        return {'device': setup.devices[0].device_kind, 'flops_per_image': flops, 'product': name} | {
-            'images_per_call': indices.size, 'flops_per_product': 2 * size**3,
-        }  # fmt: skip
+        return {
+            'device': setup.devices[0].device_kind,
+            'flops_per_image': count_flops(setup)[0] / case.batch_size,
+            'product': f'{size} x {size}, {dtype}',
+            'images_per_call': indices.size,
+            'flops_per_product': 2 * size**3,
+        }
 
     def train(num_calls: int) -> None:
         for _ in range(num_calls):

@@ -131,7 +131,7 @@ def test_utilization_is_the_share_of_a_product(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     value = json.loads((tmp_path / 'benchmarks.json').read_text())['utilization']['cnn, batch 16, float32']['value']
-    assert value['device'] == 'cpu' and 0 < utilization.shares(value)[0] < 1
+    assert value['device'] == 'cpu' and utilization.shares(value)[0] > 0
     assert '| cnn, batch 16, float32 | cpu |' in (tmp_path / 'benchmarks.md').read_text()
 
 
@@ -160,9 +160,13 @@ def test_mean_has_a_standard_error():
     assert results.mean_and_error([0.5]) == '0.5000'
 
 
-def test_speedrun_says_which_script_is_missing(small_run_flags):
+def test_speedrun_says_that_the_script_is_missing_or_does_not_run(small_run_flags, tmp_path):
     done = run_speedrun(*small_run_flags, '--peer', 'nowhere/airbench94_muon.py')
     assert (done.returncode, done.stderr) == (2, 'error: --peer: nowhere/airbench94_muon.py is not there\n')
+    script = tmp_path / 'no_airbench.py'
+    script.touch()
+    done = run_speedrun(*small_run_flags, '--peer', script)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f'error: {script} does not run here; ')
 
 
 PEER = """
