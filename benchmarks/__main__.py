@@ -6,6 +6,7 @@ DIR/benchmarks.md is written from them. PyTorch is the peer where it is installe
 
 import argparse
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,17 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f'{part}: {name} done', flush=True)
 
     for model in arguments.models:
+        cases = [throughput.Case(model, *each) for each in itertools.product(arguments.batch_sizes, arguments.dtypes)]
         if 'throughput' in arguments.parts:
-            for batch_size in arguments.batch_sizes:
-                for dtype in arguments.dtypes:
-                    case = throughput.Case(model, batch_size, dtype)
-                    keep(
-                        'throughput',
-                        str(case),
-                        throughput.compare(case, peers, rounds=rounds, turn_seconds=turn_seconds),
-                    )
+            for case in cases:
+                value = throughput.compare(case, peers, rounds=rounds, turn_seconds=turn_seconds)
+                keep('throughput', str(case), value)
         if 'utilization' in arguments.parts:
-            for batch_size in arguments.batch_sizes:
-                for dtype in arguments.dtypes:
-                    case = throughput.Case(model, batch_size, dtype)
-                    for stem in ('imagenet', 'cifar') if model == 'resnet18' else ('imagenet',):
-                        name = str(case) if stem == 'imagenet' else f'{case}, CIFAR stem'
-                        value = utilization.measure(case, stem, rounds=rounds, turn_seconds=turn_seconds)
-                        keep('utilization', name, value)
+            for case in cases:
+                for stem in ('imagenet', 'cifar') if model == 'resnet18' else ('imagenet',):
+                    name = str(case) if stem == 'imagenet' else f'{case}, CIFAR stem'
+                    value = utilization.measure(case, stem, rounds=rounds, turn_seconds=turn_seconds)
+                    keep('utilization', name, value)
         if 'startup' in arguments.parts:
             changes = QUICK if arguments.quick else {}
             keep('startup', model, overhead.start_up(model, changes, rounds=min(rounds, 3)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling, throughput, utilization
+from benchmarks.scaling import markdown_table
 
 
 def machine() -> dict[str, str]:
@@ -77,12 +78,13 @@ def render(results: dict[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    return min(values), statistics.median(values), max(values)
+def spread(values: Sequence[float], form: str, mark: str = '') -> str:
+    """The lowest, the median and the highest, each in a form such as '.2f'; the median between marks."""
+    return f'{min(values):{form}} / {mark}{statistics.median(values):{form}}{mark} / {max(values):{form}}'
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f'{min(values):.2f} / **{statistics.median(values):.2f}** / {max(values):.2f}'
+    return spread(values, '.2f', '**')
 
 
 def _throughput(cases: dict[str, Any]) -> list[str]:
@@ -106,7 +108,7 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
             '',
             f'**{title}**',
             '',
-            *scaling.markdown_table((title, 'eager', 'channels-last', 'torch.compile', 'best'), rows),
+            *markdown_table((title, 'eager', 'channels-last', 'torch.compile', 'best'), rows),
         ]
     rows = []
     for name, entry in cases.items():
@@ -123,7 +125,7 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
         '',
         '**First step (compilation included) and peak memory of the process**',
         '',
-        *scaling.markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -133,15 +135,14 @@ def _utilization(cases: dict[str, Any]) -> list[str]:
         value = entry['value']
         images, peak = statistics.median(value['images']), statistics.median(value['flops'])
         rows.append([name, value['device'], f'{images:,.0f}', f'{images * value["flops_per_image"] / 1e12:,.1f}'])
-        spread = ' / '.join(f'{share:.1%}' for share in _three(utilization.shares(value)))
-        rows[-1] += [f'{peak / 1e12:,.0f} ({value["product"]})', spread]
+        rows[-1] += [f'{peak / 1e12:,.0f} ({value["product"]})', spread(utilization.shares(value), '.1%')]
     head = ('', 'device', 'images/s', 'TFLOP/s', 'TFLOP/s of a matrix product', 'share')
     return [
         "The training step's operations per second, and their share of those of a large matrix product on the same",
         'device. XLA counts the operations of the program as it is written; what a convolution multiplies with the',
         "padding's zeros, which the usual count takes in (ResNet18 with the CIFAR stem: 15 % more), is not among them.",
         '',
-        *scaling.markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -151,9 +152,10 @@ def _speedrun(cases: dict[str, Any]) -> list[str]:
         value = entry['value']
         for contender in ('ours', 'peer'):
             if runs := value.get(contender):
-                accuracy, seconds = runs['accuracy'], ' / '.join(f'{each:.2f}' for each in _three(runs['seconds']))
+                accuracy = runs['accuracy']
                 rows.append([f'{recipe}, {contender}', value['device'], str(len(accuracy)), mean_and_error(accuracy)])
-                rows[-1] += [seconds, f'{sum(value["flops"].values()) / 1e15:.3f}' if contender == 'ours' else '–']
+                flops = f'{sum(value["flops"].values()) / 1e15:.3f}' if contender == 'ours' else '–'
+                rows[-1] += [spread(runs['seconds'], '.2f'), flops]
     head = ('', 'device', 'runs', 'test accuracy', 'seconds', 'PFLOP')
     return [
         'By `python -m benchmarks.speedrun`: runs from initialisation to the accuracy on the test split, with test-',
@@ -161,7 +163,7 @@ def _speedrun(cases: dict[str, Any]) -> list[str]:
         'images, run by run in turn; its seconds are those it prints. Accuracy: mean and its standard error;',
         'seconds: lowest / median / highest.',
         '',
-        *scaling.markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -185,7 +187,7 @@ def _startup(cases: dict[str, Any]) -> list[str]:
         'start takes beyond imports and compiling the training step: compiling the initial state, loading, and the',
         'step itself, which touches its memory for the first time.',
         '',
-        *scaling.markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -205,7 +207,7 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
         'first steps, and on a CPU memory that is given back to the kernel and touched again. It weighs ten times in',
         "the ViT's epochs here, which are a tenth of the real ones.",
         '',
-        *scaling.markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -231,7 +233,7 @@ def _scaling(cases: dict[str, Any]) -> list[str]:
         'devices. GPUs compute by themselves: expected is the wall time of one with as many images, and the all-',
         'reduce.',
         '',
-        *scaling.markdown_table(('', 'images/s', 'ratio', 'all-reduce', 'cores busy', 'explained'), body),
+        *markdown_table(('', 'images/s', 'ratio', 'all-reduce', 'cores busy', 'explained'), body),
     ]
 
 
@@ -240,12 +242,11 @@ def _saving(cases: dict[str, Any]) -> list[str]:
     for model, entry in cases.items():
         saved, without = entry['value']['with'], entry['value']['without']
         ratios = [b / a for a, b in zip(saved, without, strict=True)]
-        spread = ' / '.join(f'{value:.3f}' for value in (min(ratios), statistics.median(ratios), max(ratios)))
-        rows.append([model, str(len(saved)), f'{statistics.median(without):.1f}', spread])
+        rows.append([model, str(len(saved)), f'{statistics.median(without):.1f}', spread(ratios, '.3f')])
     head = ('', 'epochs each', 'seconds of an epoch', 'images/s with saves over without')
     return [
         'One run of which every other epoch is saved: an epoch that begins with a save, part of which goes on beside',
         'its steps, against the next one, which does not. Whole epochs (a tenth for the ViT).',
         '',
-        *scaling.markdown_table(head, rows),
+        *markdown_table(head, rows),
     ]

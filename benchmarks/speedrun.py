@@ -9,7 +9,6 @@ runs in turn on the same device and images; with `--output DIR` the figures go t
 
 import importlib
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.results import Results, mean_and_error
+from benchmarks.results import Results, mean_and_error, spread
 from benchmarks.throughput import Contender, serve
 from benchmarks.utilization import count_flops
 from flax_dlvc import data, steps
@@ -124,12 +123,9 @@ def main(argv: list[str]) -> None:
     name = flag_values.config.name
     for contender in ('ours', 'peer') if flag_values.runs else ():
         if runs := results.get(contender):
-            seconds = runs['seconds']
-            print(f'{name}, {contender}: {len(seconds)} runs on {results["device"]}')
+            print(f'{name}, {contender}: {len(runs["seconds"])} runs on {results["device"]}')
             print(f'accuracy {mean_and_error(runs["accuracy"])} (mean and its standard error)')
-            print(
-                f'seconds {min(seconds):.2f} / {statistics.median(seconds):.2f} / {max(seconds):.2f} (min, median, max)'
-            )
+            print(f'seconds {spread(runs["seconds"], ".2f")} (min, median, max)')
     training, testing = results['flops'].values()
     print(
         f'operations {training + testing:.3g} FLOP: {training:.3g} training, {testing:.3g} testing; anchor {ANCHOR:.3g}'

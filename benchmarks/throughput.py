@@ -166,6 +166,15 @@ class Contender:
         self._connection.send(request)
         return self._connection.recv()
 
+    def warm_up(self, name: str, turn_seconds: float) -> tuple[float, int]:
+        """Of a function that is told how often to do something, the seconds of the first time, in which it is compiled.
+
+        And how many times after that last about `turn_seconds`, at least one.
+        """
+        first = self.ask(name, 1)[1]
+        seconds = min(self.ask(name, 1)[1] for _ in range(2))
+        return first, max(1, round(turn_seconds / seconds))
+
     def stop(self) -> int:
         """Ends the process; its peak memory in bytes."""
         self._connection.send(None)
@@ -206,10 +215,8 @@ def compare(case: Case, variants: tuple[str, ...], *, rounds: int, turn_seconds:
     for phase in ('train', 'evaluate'):
         num_steps = {}
         for name, contender in contenders.items():
-            first = contender.ask(phase, 1)[1]
+            first, num_steps[name] = contender.warm_up(phase, turn_seconds)
             results[name].setdefault('first_step_seconds', first)
-            seconds = min(contender.ask(phase, 1)[1] for _ in range(2))
-            num_steps[name] = max(1, round(turn_seconds / seconds))
             results[name][phase] = []
         for _ in range(rounds):
             for name, contender in contenders.items():

@@ -88,11 +88,8 @@ def measure(case: Case, stem: str, *, rounds: int, turn_seconds: float) -> dict[
     contender = Contender(worker, case, stem)
     about = contender.ask('about')[0]
     work = {'train': about.pop('images_per_call'), 'product': about.pop('flops_per_product')}
-    num_calls, speeds = {}, {}
-    for phase in work:
-        contender.ask(phase, 1)  # compiles
-        num_calls[phase] = max(1, round(turn_seconds / min(contender.ask(phase, 1)[1] for _ in range(2))))
-        speeds[phase] = []
+    num_calls = {phase: contender.warm_up(phase, turn_seconds)[1] for phase in work}
+    speeds: dict[str, list[float]] = {phase: [] for phase in work}
     for _ in range(rounds):
         for phase, amount in work.items():
             seconds = contender.ask(phase, num_calls[phase])[1]

@@ -235,13 +235,12 @@ def test_ctrl_c_in_a_terminal_reaches_each_process_once(installed, listening):
 
 
 SRUN = """#!/usr/bin/env bash
-# A job of 2 nodes, as SLURM describes it to each task; all nodes are this machine.
+# A job of 2 nodes x 2 tasks, as SLURM describes it to each task; all nodes are this machine.
 while [[ $1 == --* ]]; do echo "$1" >>"$SRUN_LOG"; shift; done
 export SLURM_STEP_ID=0 SLURM_STEPID=0 SLURM_STEP_NODELIST='127.0.0.[1-2]' SLURM_STEP_NUM_NODES=2
-each=$SLURM_NTASKS_PER_NODE all=$((2 * SLURM_NTASKS_PER_NODE))
-export SLURM_STEP_NUM_TASKS=$all SLURM_STEP_TASKS_PER_NODE="$each(x2)" SLURM_NTASKS=$all SLURM_NNODES=2
-for ((task = 0; task < all; task++)); do
-    SLURM_PROCID=$task SLURM_NODEID=$((task / each)) SLURM_LOCALID=$((task % each)) "$@" &
+export SLURM_STEP_NUM_TASKS=4 SLURM_STEP_TASKS_PER_NODE='2(x2)' SLURM_NTASKS=4 SLURM_NNODES=2
+for task in 0 1 2 3; do
+    SLURM_PROCID=$task SLURM_NODEID=$((task / 2)) SLURM_LOCALID=$((task % 2)) "$@" &
     tasks+=($!)
 done
 for task in "${tasks[@]}"; do wait "$task" || exit; done
@@ -309,7 +308,7 @@ def test_open_mpi_says_who_is_who(telling):
 
 
 @pytest.mark.usefixtures('quick_compilation')
-def test_the_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_vit_flags, tmp_path):
+def test_four_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_vit_flags, tmp_path):
     python = installed / '.venv' / 'bin' / 'python'
     python.write_text(f'#!/bin/sh\ncase "$*" in *"pip install"*) ;; *) exec {sys.executable} "$@" ;; esac\n')
     done = launch(
@@ -318,11 +317,11 @@ def test_the_tasks_of_a_slurm_job_train_as_one_run(installed, slurm, small_vit_f
         *(flag for flag in small_vit_flags if 'num_devices' not in flag),
         '--config.num_epochs=1',
         f'--workdir={tmp_path / "run"}',
-        **slurm | {'SLURM_NTASKS_PER_NODE': '1'},
+        **slurm,
         PYTHON=make_venv_that_installs(installed),
         PYTHONPATH=str(ROOT),
         JAX_NUM_CPU_DEVICES='1',
     )
     assert done.returncode == 0, done.stderr
-    assert '2 x cpu in 2 processes' in done.stdout
+    assert '4 x cpu in 4 processes' in done.stdout
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['epochs_run'] == 1

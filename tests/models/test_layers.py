@@ -1,6 +1,5 @@
 """Every layer against flax's own, at every shape that the models use."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -199,7 +198,7 @@ def test_max_pool_splits_the_gradient_of_ties_without_loss(pool, platform):
         y, backward = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
         (dx,) = backward(jnp.ones_like(y))
     assert dx.min() >= 0
-    assert dx.sum() == pytest.approx(y.size, rel=1e-5)
+    assert np.asarray(dx).sum(dtype=np.float64) == pytest.approx(y.size)
     if platform == 'gpu' and window == strides:
         height, width = (length // side * side for length, side in zip(size, window, strict=True))
         np.testing.assert_allclose(dx[:, :height, :width], 1 / np.prod(window), rtol=1e-6)
@@ -212,7 +211,7 @@ def test_elsewhere_max_pool_is_the_one_of_flax(monkeypatch, strides):
     flax = lambda *arguments: nn.max_pool(*arguments)  # noqa: E731
     assert lower(layers.max_pool) != lower(flax)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert re.findall(r'stablehlo\.\w+', lower(layers.max_pool)) == re.findall(r'stablehlo\.\w+', lower(flax))
+    assert lower(layers.max_pool) == lower(flax)
 
 
 def test_elsewhere_the_gradient_of_windows_side_by_side_is_not_scattered():
