@@ -47,9 +47,12 @@ UNUSUAL = [
     (4, 5, 7, 3, 2, ((0, 1), (1, 2))),
     (4, 5, 7, 5, 1, ((0, 4), (3, 1))),
     (6, 5, 7, 5, 1, ((0, 4), (3, 1))),
+    (8, 64, 72, 3, 1, ((0, 2), (2, 2))),
+    (8, 72, 64, 3, 1, 'VALID'),
+    (7, 64, 64, 3, 1, 'SAME'),
 ]
-SMALL, MIDDLE, LARGE, STRIDED = RESNET[7], RESNET[4], CNN[1], (9, 5, 7, 3, 2, 'SAME')
-ROUTES = [SMALL, MIDDLE, LARGE, STRIDED]  # every branch of `convolve` and its two gradients
+SMALL, MIDDLE, LARGE, STRIDED, TILED = RESNET[7], RESNET[4], CNN[1], (9, 5, 7, 3, 2, 'SAME'), CNN[2]
+ROUTES = [SMALL, MIDDLE, LARGE, STRIDED, TILED]  # every branch of `convolve` and its two gradients
 
 
 def maximum_error(result: Any, reference: Any) -> float:
@@ -90,6 +93,7 @@ def test_conv_and_its_gradients_equal_flax(shape):
     (_, y_reference), reference = jax.jit(value_and_gradients(theirs))(variables, x)
     assert maximum_error(y, y_reference) < 1e-5
     assert maximum_error(gradients, reference) < 1e-5
+    assert maximum_error(jax.jit(ours.apply)(variables, x), y_reference) < 1e-5  # as in evaluation
 
 
 @pytest.mark.parametrize('use_bias', [True, False])
@@ -140,11 +144,12 @@ def test_conv_in_bfloat16(shape):
     (_, y_reference), reference = jax.jit(value_and_gradients(theirs))(variables, x)
     limit = 1.5 * max(maximum_error(y_reference, y_exact), 2**-8)
     assert maximum_error(y, y_exact) < limit
+    assert maximum_error(jax.jit(ours.apply)(variables, x), y_exact) < limit  # as in evaluation
     limit = 1.5 * max(maximum_error(reference, exact_gradients), 2**-8)
     assert maximum_error(gradients, exact_gradients) < limit
 
 
-@pytest.mark.parametrize('shape', [SMALL, LARGE, STRIDED], ids=str)
+@pytest.mark.parametrize('shape', [SMALL, LARGE, STRIDED, TILED], ids=str)
 def test_elsewhere_conv_compiles_to_what_flax_compiles_to(shape, monkeypatch):
     ours, theirs, variables, x = example(shape)
     lower = lambda layer: jax.jit(value_and_gradients(layer)).lower(variables, x).as_text()  # noqa: E731
@@ -160,6 +165,37 @@ def test_small_maps_take_matrix_products_and_skip_the_padding(shape):
     taps = {1: 1, 2: 3, 4: 3}[shape[0]] ** 2 if shape[4] == 1 else 9
     assert 'conv_general_dilated' not in jaxpr
     assert jaxpr.count('dot_general') == 3 * taps
+
+
+@pytest.mark.parametrize('shape', [RESNET[1], CNN[2], CIFAR_STEM[6]], ids=str)
+def test_many_channels_take_winograd_in_evaluation_and_input_gradient(shape):
+    ours, _, variables, x = example(shape)
+    assert str(jax.make_jaxpr(ours.apply)(variables, x)).count('conv_general_dilated[') == 0
+    # Of forward pass, input gradient and kernel gradient, which see the same operands, the second one is Winograd's.
+    jaxpr = str(jax.make_jaxpr(value_and_gradients(ours))(variables, x))
+    assert jaxpr.count('conv_general_dilated[') == 2 and jaxpr.count('dot_general[') == 1
+
+
+@pytest.mark.parametrize('shape', [CNN[1], (7, 64, 64, 3, 1, 1), (16, 64, 64, 3, 2, 1), (8, 64, 64, 5, 1, 2)], ids=str)
+def test_other_convolutions_stay_convolutions(shape):
+    ours, _, variables, x = example(shape)
+    assert str(jax.make_jaxpr(ours.apply)(variables, x)).count('conv_general_dilated[') == 1
+    assert str(jax.make_jaxpr(value_and_gradients(ours))(variables, x)).count('conv_general_dilated[') == 3
+
+
+@pytest.mark.parametrize('batch', [1, 4, 7])
+def test_winograd_in_chunks_of_the_batch(batch, monkeypatch):
+    x, kernel = (np.random.default_rng(0).normal(size=size) for size in [(batch, 6, 8, 64), (3, 3, 64, 64)])
+    x, kernel = np.float32(x), np.float32(kernel / 24)
+    exact = np.zeros((batch, 6, 8, 64))
+    padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for i, j in np.ndindex(3, 3):
+        exact += padded[:, i : i + 6, j : j + 8] @ kernel[i, j].astype(np.float64)
+    monkeypatch.setattr(layers, 'CHUNK', 2 * 6 * 8 * 64)
+    convolve = jax.jit(lambda x: layers.winograd(x, kernel, ((1, 1), (1, 1))))
+    assert maximum_error(convolve(x), exact) < 2e-6
+    if batch > 2:
+        assert 'while' in convolve.lower(x).as_text()
 
 
 POOLS = [
