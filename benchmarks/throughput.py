@@ -2,17 +2,21 @@
 
 Every contender is a process of its own and does the whole of a step: take a batch of uint8 images by index, normalise,
 forward, cross-entropy, backward, AdamW. They start from equal weights, which is checked by their logits, and work one
-at a time; a ratio is taken within a turn, so that what slows the machine for a while slows both.
+at a time; a ratio is taken within a turn, so that what slows the machine for a while slows both. Each turn has new
+processes: one of PyTorch's may give memory back to the kernel in every step of its life, and the next one not.
 """
 
 import dataclasses
 import importlib
+import itertools
 import multiprocessing
 import os
 import resource
 import statistics
+import tempfile
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,13 +55,15 @@ def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
     return setup.Setup(config, dataset, steps.run_devices(num_devices))
 
 
-def ours(case: Case, connection: Connection) -> None:
-    """A process that trains and evaluates our model as it is told."""
+def ours(case: Case, cache: str, connection: Connection) -> None:
+    """A process that trains and evaluates our model as it is told; compiled programs are kept in a directory."""
     import jax
     import jax.numpy as jnp
 
+    from flax_dlvc import runtime
     from flax_dlvc.metrics import EvaluationSums
 
+    runtime.keep_compiled_programs(Path(cache))
     jax.config.update('jax_platforms', 'cpu')  # where PyTorch's are, whatever else the machine has
     config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
     config.batch_size, config.compute_dtype = case.batch_size, case.dtype
@@ -87,8 +93,9 @@ def ours(case: Case, connection: Connection) -> None:
     serve(connection, {'weights': lambda: weights, 'logits': logits, 'train': train, 'evaluate': evaluate})
 
 
-def peer(case: Case, variant: str, weights: dict[str, np.ndarray], connection: Connection) -> None:
-    """A process that trains and evaluates PyTorch's model as it is told."""
+def peer(case: Case, variant: str, weights: dict[str, np.ndarray], cache: str, connection: Connection) -> None:
+    """A process that trains and evaluates PyTorch's model as it is told; compiled programs are kept in a directory."""
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = cache
     import torch
     from torch.nn import functional
 
@@ -189,42 +196,44 @@ def compare(case: Case, variants: tuple[str, ...], *, rounds: int, turn_seconds:
     Args:
         case: what to measure.
         variants: of PyTorch: 'eager', 'channels_last', 'compile'; those that fail are named with their reason.
-        rounds: turns of every contender.
+        rounds: turns of every contender, each by a new process.
         turn_seconds: a turn takes as many steps as last about that long, at least one.
 
     Returns:
-        For every contender `first_step_seconds`, `peak_bytes`, `train` and `evaluate` (images/s in each turn), and
-        `logits_difference`, the largest from ours.
+        For every contender `first_step_seconds` (the first time), `peak_bytes`, `train` and `evaluate` (images/s in
+        each turn), and `logits_difference`, the largest from ours.
     """
-    contenders = {'ours': Contender(ours, case)}
-    weights = contenders['ours'].ask('weights')[0]
-    expected = contenders['ours'].ask('logits')[0]
-    results: dict[str, dict[str, Any]] = {'ours': {}}
-    for variant in variants:
-        contenders[variant] = Contender(peer, case, variant, weights)
+    results: dict[str, dict[str, Any]] = {name: {'train': [], 'evaluate': []} for name in ('ours', *variants)}
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(rounds):
+            contenders = _start(case, cache, results)
+            for phase, (name, contender) in itertools.product(('train', 'evaluate'), contenders.items()):
+                first, num_steps = contender.warm_up(phase, turn_seconds)
+                results[name].setdefault('first_step_seconds', first)
+                seconds = contender.ask(phase, num_steps)[1]
+                results[name][phase].append(num_steps * case.batch_size / seconds)
+            for name, contender in contenders.items():
+                results[name]['peak_bytes'] = max(contender.stop(), results[name].get('peak_bytes', 0))
+    return dataclasses.asdict(case) | {'contenders': results}
+
+
+def _start(case: Case, cache: str, results: dict[str, dict[str, Any]]) -> dict[str, Contender]:
+    """Starts ours and each variant that has results and has not failed, with our weights; notes who fails."""
+    contenders = {'ours': Contender(ours, case, cache)}
+    weights, expected = (contenders['ours'].ask(name)[0] for name in ('weights', 'logits'))
+    for variant in [name for name in results if name != 'ours' and 'failed' not in results[name]]:
+        contender = Contender(peer, case, variant, weights, cache)
         try:
-            difference = float(np.abs(contenders[variant].ask('logits')[0] - expected).max())
+            difference = float(np.abs(contender.ask('logits')[0] - expected).max())
         except EOFError:
             results[variant] = {'failed': 'its process ended; see above'}
-            del contenders[variant]
             continue
         tolerance = 1e-3 if case.dtype == 'float32' else 0.05 * float(np.abs(expected).max())
         if difference > tolerance:
             raise AssertionError(f'{case}: logits of {variant} differ by {difference}')
-        results[variant] = {'logits_difference': difference}
-    for phase in ('train', 'evaluate'):
-        num_steps = {}
-        for name, contender in contenders.items():
-            first, num_steps[name] = contender.warm_up(phase, turn_seconds)
-            results[name].setdefault('first_step_seconds', first)
-            results[name][phase] = []
-        for _ in range(rounds):
-            for name, contender in contenders.items():
-                seconds = contender.ask(phase, num_steps[name])[1]
-                results[name][phase].append(num_steps[name] * case.batch_size / seconds)
-    for name, contender in contenders.items():
-        results[name]['peak_bytes'] = contender.stop()
-    return dataclasses.asdict(case) | {'contenders': results}
+        results[variant]['logits_difference'] = difference
+        contenders[variant] = contender
+    return contenders
 
 
 def ratios(contenders: dict[str, dict[str, Any]], phase: str, peers: tuple[str, ...]) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding, default_kernel_init
 from jax import lax
@@ -30,6 +31,7 @@ Pads = tuple[Pair, Pair]  # ((top, bottom), (left, right))
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 SMALL_MAP = 4  # up to this output height and width, matrix products are faster than XLA's CPU convolution
 MANY_CHANNELS = 64  # from this many in and out, Winograd's algorithm saves more than its transforms cost
+FEW_INPUTS = 27  # of an output, KH x KW x C, up to which a loop that XLA compiles is the fastest way
 CHUNK = 2**19  # entries of a map (2 MiB) whose transforms, four times as large, stay in a CPU's cache
 
 
@@ -173,6 +175,20 @@ def winograd(x: jax.Array, kernel: jax.Array, pads: Sequence[Pair]) -> jax.Array
     return lax.map(convolve_map, x, batch_size=math.ceil(len(x) / num_chunks))
 
 
+def sum_of_products(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Convolves (B, H, W, C) with (KH, KW, C, O) as its definition says, in one loop with what comes before and after.
+
+    32x32x3 to 32, with the pooling that follows: 1.13x for the whole evaluation of a CNN.
+    """
+    x = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
+    (rows, columns), (down, right) = geometry.output, geometry.strides
+    total: Any = 0
+    for i, j, c in np.ndindex(*kernel.shape[:3]):
+        inputs = x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right, c, None]
+        total += inputs * kernel[i, j, c]
+    return total
+
+
 def suits_winograd(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:
     """Whether `winograd` is the fastest way on a CPU.
 
@@ -192,14 +208,16 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """
     if suits_winograd(x, kernel, geometry):
         return winograd(x, kernel, geometry.pads)
+    if math.prod(kernel.shape[:3]) <= FEW_INPUTS and x.dtype == jnp.float32:
+        return sum_of_products(x, kernel, geometry)
     return convolve_in_training(x, kernel, geometry)
 
 
 def convolve_in_training(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """`convolve` where gradients follow.
+    """`convolve` where gradients follow, as what XLA does not fuse with anything.
 
-    Without `winograd`: XLA fuses what computes `x` into its transforms, and again into `kernel_gradient`, which reads
-    it transposed; a CNN's step would take 1.08x as long.
+    What it does fuse it computes again for each use: `x` in the transforms of `winograd` and, transposed, for
+    `kernel_gradient` (a CNN's step takes 1.08x as long), or the results of `sum_of_products` (1.9x).
     """
     if not geometry.as_matmul:
         return lax.conv_general_dilated(x, kernel, geometry.strides, geometry.pads, dimension_numbers=LAYOUT)

@@ -183,6 +183,14 @@ def test_other_convolutions_stay_convolutions(shape):
     assert str(jax.make_jaxpr(value_and_gradients(ours))(variables, x)).count('conv_general_dilated[') == 3
 
 
+@pytest.mark.parametrize('shape', [CNN[0], CIFAR_STEM[0], UNUSUAL[4]], ids=str)
+def test_few_inputs_are_summed_up_in_evaluation_alone(shape):
+    ours, _, variables, x = example(shape)
+    jaxpr = str(jax.make_jaxpr(ours.apply)(variables, x))
+    assert 'conv_general_dilated[' not in jaxpr and 'dot_general[' not in jaxpr
+    assert str(jax.make_jaxpr(value_and_gradients(ours))(variables, x)).count('conv_general_dilated[') == 3
+
+
 @pytest.mark.parametrize('batch', [1, 4, 7])
 def test_winograd_in_chunks_of_the_batch(batch, monkeypatch):
     x, kernel = (np.random.default_rng(0).normal(size=size) for size in [(batch, 6, 8, 64), (3, 3, 64, 64)])
