@@ -90,10 +90,11 @@ def _spread(values: Sequence[float]) -> str:
 def _throughput(cases: dict[str, Any]) -> list[str]:
     lines = [
         'Images/s of ours over those of PyTorch, both from equal weights, the configs with dropout, AdamW (PyTorch:',
-        'its fused one). PyTorch computes in bfloat16 by autocast. Each turn has new processes: some of PyTorch\'s give',
-        'memory back to the kernel in every step, and some do not, by luck (figures in LOG.md). `best` is the better',
-        'of eager and channels-last within each turn. What limits ours on a CPU: convolutions, that of few input',
-        'channels most, and products of bfloat16. Of the memory a good part is free, and kept: returning it costs time.',
+        'its fused one). PyTorch computes in bfloat16 by autocast. Each turn has new processes: by luck, some of',
+        'PyTorch give memory back to the kernel in every step and some do not (figures in LOG.md). `best` is the',
+        'better of eager and channels-last within each turn. What limits ours on a CPU: convolutions, that of few',
+        'input channels most, and products of bfloat16. Of the memory a good part is free, and kept: returning it',
+        'costs time.',
     ]
     for phase, title in (('train', 'Training step'), ('evaluate', 'Evaluation step')):
         rows = []

@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import results, scaling, speedrun, utilization
+from benchmarks import results, scaling, speedrun, throughput, utilization
 from benchmarks.throughput import Contender, ratios, synthetic_setup
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,24 @@ def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
     if 'eager' in results['throughput']['cnn, batch 16, float32']['value']['contenders']:
         return
     assert 'torch is not installed' in done.stdout
+
+
+def test_every_turn_has_new_processes_and_a_peer_that_fails_is_named(monkeypatch):
+    started = []
+
+    class Counted(Contender):
+        def __init__(self, target, *arguments):
+            started.append(target)
+            super().__init__(target, *arguments)
+
+    monkeypatch.setattr(throughput, 'Contender', Counted)
+    case = throughput.Case('cnn', 8, 'float32')
+    ours, eager = throughput.compare(case, ('eager',), rounds=2, turn_seconds=0)['contenders'].values()
+    assert len(ours['train']) == len(ours['evaluate']) == started.count(throughput.ours) == 2
+    if importlib.util.find_spec('torch'):
+        assert len(eager['train']) == len(eager['evaluate']) == started.count(throughput.peer) == 2
+    else:
+        assert eager.keys() == {'failed'} and started.count(throughput.peer) == 1
 
 
 def test_scaling_table_compares_with_what_single_devices_cost():
