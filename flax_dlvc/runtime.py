@@ -28,9 +28,9 @@ def keep_compiled_programs(directory: Path) -> None:
 def spread_convolutions() -> None:
     """Has Eigen compute convolutions on a CPU, on all cores; XLA's default, YNNPACK, computes each on a single one.
 
-    On two cores a convolution takes half the time, and the gradient for its kernel may be one too (`models.layers`): a
-    CNN's training step 1.8x as fast, a ResNet18's 1.1x. Has no effect once a backend is in use, nor where the user has
-    chosen; other backends do not read the option.
+    On two cores a convolution takes half the time, and the gradient for its kernel may be one too
+    (`models.convolution`): a CNN's training step 1.8x as fast, a ResNet18's 1.1x. Has no effect once a backend is in
+    use, nor where the user has chosen; other backends do not read the option.
     """
     flags = os.environ.get('XLA_FLAGS', '')
     first, last = YNNPACK_VERSIONS

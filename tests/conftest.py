@@ -196,3 +196,11 @@ def command(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return command
+
+
+def maximum_error(result: Any, reference: Any) -> float:
+    """The largest difference of two trees, leaf by leaf relative to the largest value in the reference."""
+    pairs = zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True)
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_dlvc.models.layers import LAYOUT, Conv, Dropout, expose, gelu, max_pool
+from flax_dlvc.models.convolution import LAYOUT, Conv
+from flax_dlvc.models.layers import Dropout, expose, gelu, max_pool
 
 # PyTorch's default of a convolution: uniform within the inverse root of the fan-in.
 torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')

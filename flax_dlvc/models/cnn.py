@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Conv, Dropout, expose, max_pool
+from flax_dlvc.models.convolution import Conv
+from flax_dlvc.models.layers import Dropout, expose, max_pool
 
 
 class CNN(nn.Module):

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Conv, Dropout, expose, max_pool
+from flax_dlvc.models.convolution import Conv
+from flax_dlvc.models.layers import Dropout, expose, max_pool
 
 batch_norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)  # PyTorch's defaults; its momentum is one minus this
 # Kaiming normal over the fan-out, torchvision's initialisation of every convolution.

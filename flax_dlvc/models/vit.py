@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.models.layers import Conv, Dropout, StochasticDepth, attention, gelu, max_pool
+from flax_dlvc.models.convolution import Conv
+from flax_dlvc.models.layers import Dropout, StochasticDepth, attention, gelu, max_pool
 
 
 def image_to_patches(x: jax.Array, patch_size: int) -> jax.Array:
