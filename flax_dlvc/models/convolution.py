@@ -125,7 +125,8 @@ def winograd(x: jax.Array, kernel: jax.Array, pads: Sequence[Pair]) -> jax.Array
         return jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], axis)
 
     def convolve_map(x: jax.Array) -> jax.Array:  # (H, W, C)
-        tiles = transform_tiles(transform_tiles(jnp.pad(x, (*pads, (0, 0)))))  # (4, 4, H'/2, W'/2, C)
+        padded = lax.pad(x, jnp.zeros((), x.dtype), [(*pads[0], 0), (*pads[1], 0), (0, 0, 0)])  # or cut off
+        tiles = transform_tiles(transform_tiles(padded))  # (4, 4, H'/2, W'/2, C)
         products = jnp.einsum('ijhwc,ijco->ijhwo', tiles, kernel)
         outputs = transform_products(transform_products(products, 2), 3)  # (H'/2, 2, W'/2, 2, O)
         height, _, width, _, channels = outputs.shape
