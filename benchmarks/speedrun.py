@@ -85,7 +85,7 @@ def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
     if airbench:
         try:
             airbench.ask('run', 'warmup')
-        except (EOFError, ConnectionError):
+        except EOFError:
             raise ConfigError(f'{script} does not run here; it wants PyTorch and a GPU, and said why above') from None
         contenders['peer'] = lambda seed: airbench.ask('run', str(seed))[0]
     if num_runs:

@@ -169,9 +169,16 @@ class Contender:
         theirs.close()
 
     def ask(self, *request: Any) -> tuple[Any, float]:
-        """The value of a function there and the seconds that it took."""
-        self._connection.send(request)
-        return self._connection.recv()
+        """The value of a function there and the seconds that it took.
+
+        Raises:
+            EOFError: the process has ended.
+        """
+        try:
+            self._connection.send(request)
+            return self._connection.recv()
+        except ConnectionError as error:  # it ended before it was asked, or before it had read that
+            raise EOFError from error
 
     def warm_up(self, name: str, turn_seconds: float) -> tuple[float, int]:
         """Of a function that is told how often to do something, the seconds of the first time, in which it is compiled.
@@ -225,7 +232,7 @@ def _start(case: Case, cache: str, results: dict[str, dict[str, Any]]) -> dict[s
         contender = Contender(peer, case, variant, weights, cache)
         try:
             difference = float(np.abs(contender.ask('logits')[0] - expected).max())
-        except (EOFError, ConnectionError):  # by whether it ended before it was asked or after
+        except EOFError:
             results[variant] = {'failed': 'its process ended; see above'}
             continue
         tolerance = 1e-3 if case.dtype == 'float32' else 0.05 * float(np.abs(expected).max())
