@@ -99,7 +99,7 @@ def train_and_rewind(
     config = setup.config
     rewinds = 0
     while True:
-        state, progress = restore_or_start(setup, checkpoints, display)
+        state, progress = restore_or_start(setup, checkpoints, tensorboard, display)
         if distributed.is_main():
             rundir.adopt(workdir, config)
             if progress.history:  # a process may have ended between its last save and this file
@@ -152,8 +152,6 @@ def train(
                     with training_call(indices.shape[1]):
                         state, sums = setup.train_step(state, *train_split, indices)
                         step += indices.shape[1]
-                        if epoch == 1 and distributed.is_main():
-                            tensorboard.begin()  # while the devices work
                         monitor.note(step, sums)
                 images_per_second = monitor.finish()
 
@@ -221,11 +219,16 @@ def train(
 
 
 @timed('start')
-def restore_or_start(setup: Setup, checkpoints: Checkpoints, display: Display) -> tuple[steps.TrainState, Progress]:
+def restore_or_start(
+    setup: Setup, checkpoints: Checkpoints, tensorboard: TensorBoard, display: Display
+) -> tuple[steps.TrainState, Progress]:
     """The newest whole checkpoint's state and progress, or the initial ones, which `init_from` may have a part in."""
     restored = checkpoints.restore_latest(setup.abstract_state)
     if restored is not None:
         return restored
+    with setup.compiling():
+        if distributed.is_main():
+            tensorboard.begin()
     state = setup.create_state()
     if setup.config.init_from:
         state, reinitialized = begin_from(Path(setup.config.init_from), setup, state)

@@ -41,17 +41,17 @@ def seen_in_training(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndar
 
     from flax_dlvc import augment, steps
 
+    augmentation = augment.make_augmentation(config.augment, dataset.mean)
+    mixing = augment.make_mixing(config.augment)
+    mirror_period = len(dataset.train) // config.batch_size if config.augment.alternating_mirror else 0
+
+    def first_batch(seed: jax.Array, images: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        _, key, _ = steps.keys_of(seed)
+        return steps.augment_batch(key, images, indices, jax.numpy.int32(0), augmentation, mirror_period, mixing)
+
     indices = data.epoch_order(len(dataset.train), config.seed, 1)[: config.batch_size]
     with jax.default_device(device_for_drawing()):
-        seen, shares = jax.jit(steps.augment_batch, static_argnums=(4, 5, 6))(
-            steps.keys_of(jax.numpy.uint32(config.seed))[1],
-            jax.numpy.asarray(dataset.train.images[indices]),
-            jax.numpy.asarray(indices),
-            jax.numpy.int32(0),
-            augment.make_augmentation(config.augment, dataset.mean),
-            len(dataset.train) // config.batch_size if config.augment.alternating_mirror else 0,
-            augment.make_mixing(config.augment),
-        )
+        seen, shares = jax.jit(first_batch)(np.uint32(config.seed), dataset.train.images[indices], indices)
     names = [dataset.class_names[label] for label in dataset.train.labels[indices]]
     if shares is not None:
         names = [

@@ -122,10 +122,12 @@ class Profile:
         self._since = now
 
     def on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
-        """Books what JAX has just spent on compiling, taken from the phase in which it did."""
-        if not event.startswith(COMPILE_EVENTS) or threading.get_ident() != self._thread:
+        """Books what JAX has just spent on compiling, taken from the phase in which it did; counts all programs."""
+        if not event.startswith(COMPILE_EVENTS):
             return
         self.num_programs += event.endswith('backend_compile_duration')
+        if threading.get_ident() != self._thread:
+            return
         self._book()
         began = self._since - duration_secs
         nested = 0.0  # a function is traced while another one is

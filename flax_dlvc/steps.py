@@ -7,7 +7,7 @@ replicated: it goes in and comes out without a leading device axis.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -23,8 +23,6 @@ from flax_dlvc.metrics import EvaluationSums, Sums, cross_entropy
 
 AXIS = 'devices'
 
-# (seed, learning rate, state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, copy of state.sums)
-TrainStep = Callable[..., tuple['TrainState', Sums]]
 # (variables, sums, images (N, H, W, C), labels (N,), indices (D, S, B)) -> sums
 EvaluationStep = Callable[..., EvaluationSums]
 # (variables, images (B, H, W, C) uint8) -> probabilities (B, K)
@@ -54,6 +52,16 @@ class TrainState(flax.struct.PyTreeNode):
             'params': self.ema_params or self.params,
             'batch_stats': self.ema_batch_stats or self.batch_stats,
         }
+
+
+class TrainStep(Protocol):
+    """What `make_train_step` builds."""
+
+    def __call__(self, *arguments: Any) -> tuple[TrainState, Sums]:
+        """(seed, learning rate, state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, its sums)."""
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """As that of `jax.jit`: for arguments of which shapes and placement are enough."""
 
 
 def run_devices(num_devices: int) -> list[jax.Device]:
@@ -279,17 +287,15 @@ def make_train_step(
         state = _fold(lambda state, batch: update(seed, learning_rate, state, images, labels, batch), state, indices)
         return state, state.sums
 
-    return _on_devices(
-        jax.pmap(
-            train_step,
-            AXIS,
-            in_axes=(None, None, None, None, None, 0),
-            out_axes=(None, None),
-            donate_argnums=2,
-            devices=devices,
-        ),
-        devices,
+    by_device = jax.pmap(
+        train_step,
+        AXIS,
+        in_axes=(None, None, None, None, None, 0),
+        out_axes=(None, None),
+        donate_argnums=2,
+        devices=devices,
     )
+    return _OnDevices(by_device, devices)
 
 
 def make_evaluation_step(
@@ -315,9 +321,8 @@ def make_evaluation_step(
     ) -> EvaluationSums:
         return _fold(lambda sums, batch: add(sums, variables, images, labels, batch), sums, indices)
 
-    return _on_devices(
-        jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices), devices
-    )
+    by_device = jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices)
+    return _OnDevices(by_device, devices)
 
 
 def make_prediction_step(
@@ -354,24 +359,32 @@ def on_one_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
-def _on_devices(step: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
-    """Makes a `pmap` that takes its last argument (D, …) by device one that takes it, and returns, for all processes.
+class _OnDevices:
+    """A `pmap` that takes its last argument (D, …) by device as one that takes it, and returns, for all processes.
 
     On several CPU devices each call is waited for: their collectives deadlock when calls run ahead.
     """
-    if len(devices) == 1:
-        return step
-    local = local_positions(devices)
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
 
-    def call(*arguments: Any) -> Any:
+    def __init__(self, step: Any, devices: Sequence[jax.Device]):
+        self._step = step
+        self._local = local_positions(devices)
+        self._mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+
+    def __call__(self, *arguments: Any) -> Any:
+        results = self._step(*self._localized(arguments))
+        devices = self._mesh.devices
+        if len(self._local) < devices.size:  # `pmap` returns each process its own copies
+            results = multihost_utils.host_local_array_to_global_array(
+                results, self._mesh, jax.sharding.PartitionSpec()
+            )
+        return jax.block_until_ready(results) if devices.size > 1 and devices[0].platform == 'cpu' else results
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        return self._step.lower(*self._localized(arguments))
+
+    def _localized(self, arguments: Sequence[Any]) -> Sequence[Any]:
         *whole, by_device = arguments
-        results = step(*whole, by_device[local])
-        if len(local) < len(devices):  # `pmap` returns each process its own copies
-            results = multihost_utils.host_local_array_to_global_array(results, mesh, jax.sharding.PartitionSpec())
-        return jax.block_until_ready(results) if devices[0].platform == 'cpu' else results
-
-    return call
+        return *whole, by_device[self._local]
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

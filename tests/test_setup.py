@@ -55,6 +55,22 @@ def test_variants_share_compiled_programs_and_nothing_else(optimizer, small_conf
         assert not np.array_equal(left, other)
 
 
+@pytest.mark.parametrize(('num_devices', 'steps_per_call'), [(1, 1), (2, 3)])
+def test_what_is_compiled_ahead_is_what_a_run_begins_with(num_devices, steps_per_call, small_config, compilations):
+    small_config.num_devices, small_config.steps_per_call = num_devices, steps_per_call
+    setup = set_up(small_config)
+    with setup.compiling():
+        pass
+    programs = [message.split()[4] for message in compilations()]
+    assert sorted(programs) == ['jit(_fun)', 'jit(_initialize)']  # `pmap` calls its own so
+    split = setup.place(setup.dataset.train)
+    order = data.epoch_order(len(setup.dataset.train), 0, 1)
+    batches = data.training_batches(order, small_config.batch_size, num_devices)
+    before = len(compilations())
+    setup.train_step(setup.create_state(), *split, steps.calls(batches, 0, steps_per_call)[0])
+    assert compilations()[before:] == []
+
+
 @pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 1)])
 @pytest.mark.parametrize('name', MODELS)
 def test_models_adapt_to_size_channels_and_classes(name, shape):

@@ -91,13 +91,13 @@ def signal_at(monkeypatch, owner, name, call, *numbers):
 # Phase: the function, which call of it, and the step that is saved when it stops, if any is.
 PHASES = {
     'loading the data': (data, 'load', 1, None),
+    'TensorBoard, begun': (TensorBoard, 'begin', 1, None),
     'initialisation': (setup.Setup, 'create_state', 1, None),
     'the first line': (loop, 'announce', 1, None),
     'placing the data': (setup.Setup, 'place', 1, None),
     'the first steps, compiled': (loop.Monitor, 'note', 1, 1),
     'training': (loop.Monitor, 'note', 3, 3),
     'the last step of an epoch': (loop.Monitor, 'note', 4, 4),
-    'TensorBoard, begun': (TensorBoard, 'begin', 1, 1),
     'validation': (loop, 'evaluate', 1, 4),
     'the last validation': (loop, 'evaluate', 2, 8),
     'saving': (Checkpoints, 'save', 1, 4),
