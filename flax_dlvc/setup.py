@@ -224,7 +224,7 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
     """
     runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
     runtime.spread_convolutions()
-    runtime.keep_freed_memory()
+    runtime.keep_freed_memory(config.num_devices)
     dataset = data.load(config)
     if not training:
         return Setup(config, dataset, steps.run_devices(min(config.num_devices, jax.local_device_count())))

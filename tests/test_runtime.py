@@ -13,6 +13,7 @@ from flax_dlvc import runtime
 CONVOLUTION = """
 import os
 import resource
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,13 @@ from flax_dlvc import runtime
 
 runtime.spread_convolutions()
 runtime.spread_convolutions()
-runtime.keep_freed_memory()
+num_devices = int(sys.argv[1])
+runtime.keep_freed_memory(num_devices)
 convolve = jax.jit(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), 'SAME'))
 x, kernel = jnp.ones((64, 64, 32, 32)), jnp.ones((64, 64, 3, 3))
 print('ynn' in convolve.lower(x, kernel).compile().as_text(), os.environ['XLA_FLAGS'])
-increment = jax.jit(lambda x: x + 1)
-x = jnp.ones((16, 1024, 1024))  # 64 MiB: glibc always maps more than 32 anew, unless told otherwise
+increment = jax.pmap(lambda x: x + 1, devices=jax.devices()[:num_devices])
+x = jnp.ones((num_devices, 16, 1024, 1024))  # 64 MiB: glibc always maps more than 32 anew, unless told otherwise
 faults = []
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,9 +38,9 @@ print(min(faults))
 """
 
 
-def first_lines(**environment):
+def first_lines(num_devices, **environment):
     process = subprocess.run(
-        [sys.executable, '-c', CONVOLUTION],
+        [sys.executable, '-c', CONVOLUTION, str(num_devices)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -48,9 +50,10 @@ def first_lines(**environment):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="mallopt is glibc's")
-def test_convolutions_use_all_cores_and_freed_memory_is_kept():
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_convolutions_use_all_cores_and_freed_memory_is_kept(num_devices):
     """In a process of its own: both have to come before JAX's first use of a device."""
-    program, faults = first_lines(XLA_FLAGS='--xla_cpu_enable_fast_math=false')
+    program, faults = first_lines(num_devices, XLA_FLAGS='--xla_cpu_enable_fast_math=false')
     option = f'{runtime.YNNPACK_FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
     assert program == f'False --xla_cpu_enable_fast_math=false {option}'
     assert int(faults) < 100  # of the 16,384 pages of the result
