@@ -347,7 +347,7 @@ class Monitor:
         """Takes note of a call that has been handed to the devices and ends with `step`."""
         self._look()
         self._pending = (step, sums)
-        if sums.loss.total.is_ready():  # several CPU devices, where each call is waited for
+        if sums.loss.total.is_ready():  # a CPU, where a step runs in the thread that calls it
             self._look()
 
     def finish(self) -> float:

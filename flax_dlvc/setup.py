@@ -131,7 +131,7 @@ class Setup:
     def compiling(self) -> Iterator[None]:
         """Within, what a run begins with compiles in threads of its own: the initial state and the training step.
 
-        One program keeps XLA busy on one and a half cores. On two, a ViT's take 5.4 s side by side instead of 6.9. In a
+        One program keeps XLA busy on one and a half cores. On two, a ViT's take 4.7 s side by side instead of 5.9. In a
         run of several processes, whose `pmap` compiles for arrays that are there and for nothing less, they wait.
         """
         if jax.process_count() > 1:
