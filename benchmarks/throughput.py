@@ -48,7 +48,7 @@ def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
     from flax_dlvc import data, runtime, setup, steps
 
     runtime.spread_convolutions()
-    runtime.keep_freed_memory()
+    runtime.keep_freed_memory(num_devices)
     split = data.Split(*synthetic_split())
     names = tuple(map(str, range(10)))
     dataset = data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)

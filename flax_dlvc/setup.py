@@ -80,7 +80,7 @@ class Setup:
     @property
     def train_step(self) -> partial[tuple[steps.TrainState, Sums]]:
         """The training step of `steps.make_train_step`, with the config's seed and learning rate."""
-        return partial(self._train_step, self._seed, np.float32(self.config.learning_rate))
+        return partial(self._train_step, *self._of_the_run)
 
     @cached_property
     def _train_step(self) -> steps.TrainStep:
@@ -147,7 +147,7 @@ class Setup:
         with ThreadPoolExecutor(2) as threads:
             initialization = self._create_state.lower(self._seed, self._example_images)
             compiled = [threads.submit(initialization.compile)]
-            train_step = self._train_step.lower(*self.train_step.args, self.abstract_state, images, labels, indices)
+            train_step = self._train_step.lower(*self._of_the_run, self.abstract_state, images, labels, indices)
             compiled += [threads.submit(train_step.compile)]
             yield
             with timed('compile'):
@@ -159,6 +159,11 @@ class Setup:
         """Shapes, dtypes and placement of a training state, without its values; what a checkpoint is restored to."""
         shapes = jax.eval_shape(self._initialize, self._seed, self._example_images)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated), shapes)
+
+    @property
+    def _of_the_run(self) -> tuple[np.uint32, np.float32]:
+        """What the training step takes besides state and data; runs that differ in it share the program."""
+        return self._seed, np.float32(self.config.learning_rate)
 
     @property
     def _seed(self) -> np.uint32:
