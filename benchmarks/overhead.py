@@ -103,7 +103,7 @@ def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     import jax
     import jax.numpy as jnp
 
-    from flax_dlvc import data, evaluate, steps
+    from flax_dlvc import evaluate, steps
     from flax_dlvc.setup import set_up
 
     config = importlib.import_module(f'configs.{model}_dropout').get_config()
@@ -111,8 +111,7 @@ def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     setup = set_up(config)
     train_split, validation_split = setup.place(setup.dataset.train), setup.place(setup.dataset.validation)
     holder = [setup.create_state()]
-    order = data.epoch_order(len(setup.dataset.train), 0, 1)
-    train_calls = steps.calls(data.training_batches(order, config.batch_size, 1), 0, setup.steps_per_call)
+    train_calls = setup.training_calls(1)
     size = config.evaluation_batch_size
     batches = [
         steps.normalize(

@@ -21,7 +21,7 @@ from absl import flags
 from benchmarks.results import Results, mean_and_error, spread
 from benchmarks.throughput import Contender, serve
 from benchmarks.utilization import count_flops
-from flax_dlvc import data, steps
+from flax_dlvc import data
 from flax_dlvc.config import parse_command_line
 from flax_dlvc.errors import ConfigError, run_command
 from flax_dlvc.evaluate import evaluate
@@ -36,9 +36,7 @@ def train_and_test(setup: Setup, num_epochs: int) -> tuple[float, float]:
     start = time.perf_counter()
     state = setup.create_state()
     for epoch in range(1, num_epochs + 1):
-        order = data.epoch_order(len(setup.dataset.train), setup.config.seed, epoch)
-        batches = data.training_batches(order, setup.config.batch_size, len(setup.devices))
-        for indices in steps.calls(batches, 0, setup.steps_per_call):
+        for indices in setup.training_calls(epoch):
             state, _ = setup.train_step(state, *train_split, indices)
     accuracy = evaluate(setup, state.variables, test_split)['accuracy']
     return accuracy, time.perf_counter() - start

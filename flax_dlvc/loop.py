@@ -15,7 +15,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from flax_dlvc import data, distributed, rundir, runtime, steps, stopping
+from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, describe_origin, evaluate, predict
@@ -143,9 +143,7 @@ def train(
                 sums = state.sums
                 monitor = Monitor(setup, step, checkpoints, display)
                 save_is_due = Clock(config, step)
-                order = data.epoch_order(len(dataset.train), config.seed, epoch)
-                batches = data.training_batches(order, config.batch_size, len(setup.devices))
-                for indices in steps.calls(batches, step - first_step, setup.steps_per_call):
+                for indices in setup.training_calls(epoch, step - first_step):
                     check_stop()
                     if save_is_due(step):
                         save(checkpoints, state, progress, setup)

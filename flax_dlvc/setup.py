@@ -51,6 +51,12 @@ class Setup:
         """Steps in one compiled call."""
         return self.config.steps_per_call or steps.default_steps_per_call(self.steps_per_epoch)
 
+    def training_calls(self, epoch: int, first_step: int = 0) -> list[np.ndarray]:
+        """The indices (D, S, B) that the calls of the training step take in an epoch, from its step `first_step` on."""
+        order = data.epoch_order(len(self.dataset.train), self.config.seed, epoch)
+        batches = data.training_batches(order, self.config.batch_size, len(self.devices))
+        return steps.calls(batches, first_step, self.steps_per_call)
+
     @property
     def replicated(self) -> jax.sharding.Sharding:
         """A copy on every device of the run."""
@@ -141,14 +147,12 @@ class Setup:
             jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated_here)
             for array in (self.dataset.train.images, self.dataset.train.labels)
         )
-        order = data.epoch_order(len(self.dataset.train), self.config.seed, 1)
-        batches = data.training_batches(order, self.config.batch_size, len(self.devices))
-        indices = steps.calls(batches, 0, self.steps_per_call)[0]
         with ThreadPoolExecutor(2) as threads:
             initialization = self._create_state.lower(self._seed, self._example_images)
             compiled = [threads.submit(initialization.compile)]
+            indices = self.training_calls(1)[0]
             train_step = self._train_step.lower(*self._of_the_run, self.abstract_state, images, labels, indices)
-            compiled += [threads.submit(train_step.compile)]
+            compiled.append(threads.submit(train_step.compile))
             yield
             with timed('compile'):
                 for each in compiled:
