@@ -21,8 +21,6 @@ from ml_collections import ConfigDict
 if 'FLAX_DLVC_CACHE_DIR' not in os.environ:
     os.environ['FLAX_DLVC_CACHE_DIR'] = tempfile.mkdtemp(prefix='flax_dlvc_tests_')
     atexit.register(shutil.rmtree, os.environ['FLAX_DLVC_CACHE_DIR'], ignore_errors=True)
-# Of small programs, too: hundreds of tests and processes compile the same ones.
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
 
 import jax
@@ -30,7 +28,7 @@ import jax
 from flax_dlvc import runtime
 
 runtime.spread_convolutions()  # in this process as in those that it starts, to the same bits
-jax.config.update('jax_compilation_cache_dir', str(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled')))
+runtime.keep_compiled_programs(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled'))
 
 ROOT = Path(__file__).parents[1]
 

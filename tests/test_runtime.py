@@ -59,6 +59,20 @@ def test_convolutions_use_all_cores_and_freed_memory_is_kept(num_devices):
     assert int(faults) < 100  # of the 16,384 pages of the result
 
 
+@pytest.mark.parametrize(('environment', 'kept'), [({}, 1), ({'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '9'}, 0)])
+def test_every_compiled_program_is_kept_unless_the_user_has_chosen(tmp_path, monkeypatch, environment, kept):
+    """In a process of its own, as this one has a directory."""
+    monkeypatch.delenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', raising=False)
+    script = f"""
+import pathlib, jax
+from flax_dlvc import runtime
+runtime.keep_compiled_programs(pathlib.Path({str(tmp_path)!r}))
+jax.jit(lambda x: 2 * x)(1.0)
+"""
+    subprocess.run([sys.executable, '-c', script], env=os.environ | environment, check=True)
+    assert len([*tmp_path.glob('jit__lambda*-cache')]) == kept
+
+
 def test_convolutions_stay_as_the_user_has_chosen(monkeypatch):
     chosen = f'{runtime.YNNPACK_FLAG}=LIBRARY_FUSION_TYPE_DOT'
     monkeypatch.setenv('XLA_FLAGS', chosen)
