@@ -15,6 +15,8 @@ from flax_dlvc.errors import ConfigError
 from flax_dlvc.folder import Folder
 from flax_dlvc.images import read_image
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 COLORS = {'blue': (0, 0, 200), 'green': (0, 200, 0), 'red': (200, 0, 0)}
 
 

@@ -13,6 +13,17 @@ from flax_dlvc.errors import ConfigError, DivergedError
 from flax_dlvc.evaluate import evaluate_checkpoint
 
 
+@pytest.fixture
+def random_config():
+    """The config of a small run with all randomness there is, and averaging; test_kills.py has the same programs."""
+    from configs import cnn_dropout_augment
+
+    config = cnn_dropout_augment.get_config()
+    config.update_from_flattened_dict(SMALL_RUN)
+    config.name, config.ema_decay = 'cnn_dropout_augment', 0.9
+    return config
+
+
 @pytest.fixture(scope='module')
 def finished_run(tmp_path_factory, request):
     """A run of three epochs, with its config, its directory and its result."""
@@ -161,7 +172,6 @@ def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(s
 
     small_config.learning_rate = 1e-3
     small_config.num_epochs = 1
-    small_config.schedule.name = 'constant'
     workdir = tmp_path / 'later'
     loop.run(small_config, workdir)
     # The run goes on, now with a learning rate that it cannot survive.
@@ -225,30 +235,26 @@ def test_the_test_split_is_placed_once_and_last(small_config, tmp_path, monkeypa
     assert placed == ['train', 'validation', 'test']
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_config, tmp_path):
-    small_config.num_epochs = 1
-    small_config.dropout_rate = 0.3
-    small_config.augment.random_resized_crop = True
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(random_config, tmp_path):
+    random_config.num_epochs = 1
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
-        small_config.seed = seed
-        loop.run(small_config, tmp_path / name)
+        random_config.seed = seed
+        loop.run(random_config, tmp_path / name)
     a, b, c = (read_history(tmp_path / name) for name in 'abc')
     assert a == b
     assert a != c
 
 
-def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config, tmp_path, monkeypatch):
-    """Dropout and augmentation on; the batch statistics of a ResNet would only make it slower."""
+def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(random_config, tmp_path, monkeypatch):
+    """The batch statistics of a ResNet would only make it slower."""
     import os
     import signal
 
     from flax_dlvc.errors import StoppedError
     from flax_dlvc.setup import Setup
 
-    small_config.dropout_rate = 0.3
-    small_config.augment.random_resized_crop = small_config.augment.random_mirror = True
-    small_config.num_epochs = 2
-    loop.run(small_config, tmp_path / 'whole')
+    random_config.num_epochs = 2
+    loop.run(random_config, tmp_path / 'whole')
 
     calls = []
     train_step = Setup.train_step.fget
@@ -268,11 +274,11 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config
         patch.setattr(Setup, 'train_step', property(signalling_train_step))
         for step in (3, 7):
             with pytest.raises(StoppedError, match=f'stopped by SIGTERM, saved at step {step} ') as stopped:
-                loop.run(small_config, tmp_path / 'stopped')
+                loop.run(random_config, tmp_path / 'stopped')
             assert stopped.value.exit_code == 143
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
-    result = loop.run(small_config, tmp_path / 'stopped')
+    result = loop.run(random_config, tmp_path / 'stopped')
     assert result == json.loads((tmp_path / 'whole' / 'result.json').read_text())
     check_same_run(tmp_path / 'stopped', tmp_path / 'whole')
     # Its log begins once, before the first step, though the first epoch was interrupted.
@@ -281,17 +287,15 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(small_config
     assert tags.count('test/mistakes') == 1
 
 
-def test_a_finished_run_that_is_given_more_epochs_ends_with_the_same_bits(small_config, tmp_path):
-    small_config.dropout_rate = 0.3
-    small_config.ema_decay = 0.9
-    small_config.num_epochs = 3
-    loop.run(small_config, tmp_path / 'whole')
-    small_config.num_epochs = 2
-    rundir.create(tmp_path / 'longer', small_config)  # as if stopped in its first epoch
-    for small_config.num_epochs in (1, 3):
-        result = loop.run(small_config, tmp_path / 'longer')
-        assert result['epochs_run'] == small_config.num_epochs
-        assert json.loads((tmp_path / 'longer' / 'config.json').read_text())['num_epochs'] == small_config.num_epochs
+def test_a_finished_run_that_is_given_more_epochs_ends_with_the_same_bits(random_config, tmp_path):
+    random_config.num_epochs = 3
+    loop.run(random_config, tmp_path / 'whole')
+    random_config.num_epochs = 2
+    rundir.create(tmp_path / 'longer', random_config)  # as if stopped in its first epoch
+    for random_config.num_epochs in (1, 3):
+        result = loop.run(random_config, tmp_path / 'longer')
+        assert result['epochs_run'] == random_config.num_epochs
+        assert json.loads((tmp_path / 'longer' / 'config.json').read_text())['num_epochs'] == random_config.num_epochs
     assert result == json.loads((tmp_path / 'whole' / 'result.json').read_text())
     check_same_run(tmp_path / 'longer', tmp_path / 'whole')
 

@@ -10,6 +10,8 @@ from flax_dlvc import data, steps
 from flax_dlvc.metrics import EvaluationSums, cross_entropy, summarize
 from flax_dlvc.models import create_model
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 NUM_CLASSES, NUM_EXAMPLES, BATCH_SIZE = 10, 320, 32
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 

@@ -2,9 +2,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flax_dlvc.models import create_model
 from flax_dlvc.models.airbench import Block, Whitening, dirac_init, whitening_kernel
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def smooth_images(count, size=12):

@@ -8,6 +8,8 @@ import pytest
 from flax_dlvc.models import ResNet18, create_model
 from flax_dlvc.models.resnet import BasicBlock, ResNet
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def make_images(size, batch=2):
     return np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
