@@ -1,11 +1,12 @@
-"""With which exit code and which line an error ends a command."""
+"""With which exit code and which line an error ends a command, and what every command begins with."""
 
 import errno
+import gc
 import signal
 
 import pytest
 
-from flax_dlvc.errors import ConfigError, StoppedError, ending
+from flax_dlvc.errors import STOP_SIGNALS, ConfigError, StoppedError, ending, run_command
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,25 @@ from flax_dlvc.errors import ConfigError, StoppedError, ending
 )
 def test_ending(error, end):
     assert ending(error) == end
+
+
+def test_a_command_searches_for_garbage_seldom_but_does():
+    threshold, handlers = gc.get_threshold(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    searches = []
+
+    def main(_):
+        kept = []
+        for count in (10_000, 20_000):
+            before = gc.get_stats()[0]['collections']
+            kept += [[] for _ in range(count)]
+            searches.append(gc.get_stats()[0]['collections'] - before)
+
+    try:
+        gc.collect()
+        with pytest.raises(SystemExit):
+            run_command(main)
+    finally:
+        gc.set_threshold(*threshold)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert searches == [0, 1]
