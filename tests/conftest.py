@@ -1,9 +1,11 @@
 """Shared fixtures: a cache of its own for the session, two CPU devices, small runs, real processes."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,6 +28,7 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
 import jax
 
 from flax_dlvc import runtime
+from flax_dlvc.errors import STOP_SIGNALS
 
 runtime.spread_convolutions()  # in this process as in those that it starts, to the same bits
 runtime.keep_compiled_programs(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled'))
@@ -162,6 +165,16 @@ def quick_compilation() -> Iterator[None]:
         yield
     jax.config.update('jax_disable_most_optimizations', False)
     jax.clear_caches()  # none of them is left to other files
+
+
+@pytest.fixture
+def commands_here() -> Iterator[None]:
+    """For commands in this process: what `run_command` sets in it ends with the test."""
+    threshold, handlers = gc.get_threshold(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    gc.set_threshold(*threshold)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='session')

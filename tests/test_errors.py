@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from flax_dlvc.errors import STOP_SIGNALS, ConfigError, StoppedError, ending, run_command
+from flax_dlvc.errors import ConfigError, StoppedError, ending, run_command
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def test_ending(error, end):
     assert ending(error) == end
 
 
+@pytest.mark.usefixtures('commands_here')
 def test_a_command_searches_for_garbage_seldom_but_does():
-    threshold, handlers = gc.get_threshold(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
     searches = []
 
     def main(_):
@@ -37,12 +37,7 @@ def test_a_command_searches_for_garbage_seldom_but_does():
             kept += [[] for _ in range(count)]
             searches.append(gc.get_stats()[0]['collections'] - before)
 
-    try:
-        gc.collect()
-        with pytest.raises(SystemExit):
-            run_command(main)
-    finally:
-        gc.set_threshold(*threshold)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    gc.collect()
+    with pytest.raises(SystemExit):
+        run_command(main)
     assert searches == [0, 1]

@@ -13,7 +13,7 @@ from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import STOP_SIGNALS, run_command
 from flax_dlvc.report import TensorBoard
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'commands_here')
 
 CHANGES = {'num_epochs': 2, 'dropout_rate': 0.3, 'augment.random_mirror': True}
 
@@ -47,15 +47,6 @@ def shared_programs(programs, monkeypatch):
         return programs.variant()
 
     monkeypatch.setattr(loop, 'set_up', set_up)
-
-
-@pytest.fixture(autouse=True)
-def own_handlers():
-    """Whatever a run does to the handlers ends with the test."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='module')
