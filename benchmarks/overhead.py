@@ -17,17 +17,20 @@ import numpy as np
 
 from benchmarks.throughput import Contender, serve
 
-# Prints the time when the first training step is complete, and leaves.
+# Prints the time when the first training step is complete, and leaves; begins as the command does.
 _FIRST_STEP = """
 import os, sys, time
-import jax
-from flax_dlvc import loop, main
-def note(monitor, step, sums):
-    jax.block_until_ready(sums)
-    print(time.time(), flush=True)
-    os._exit(0)
-loop.Monitor.note = note
-main.main(['main', *sys.argv[1:]])
+from flax_dlvc import errors, main
+def until_the_first_step(argv):
+    import jax
+    from flax_dlvc import loop
+    def note(monitor, step, sums):
+        jax.block_until_ready(sums)
+        print(time.time(), flush=True)
+        os._exit(0)
+    loop.Monitor.note = note
+    main.main(argv)
+errors.run_command(until_the_first_step)
 """
 
 # Prints how long the training step of a config takes to compile, its imports and its data aside.
