@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 # New objects after which Python looks for cycles. At its 700 to 2,000 it searches what imports and tracing leave behind
 # over and over: a tenth of a short run.
-_GARBAGE_THRESHOLD = 20_000
+GARBAGE_THRESHOLD = 20_000
 
 
 class CommandError(Exception):
@@ -69,7 +69,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     SIGTERM and SIGINT become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
     and then one line too; a second signal ends the process at once.
     """
-    gc.set_threshold(_GARBAGE_THRESHOLD)
+    gc.set_threshold(GARBAGE_THRESHOLD)
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
     try:

@@ -14,6 +14,12 @@ CONFIG = ROOT / 'configs' / 'cnn_dropout_augment.py'
 
 
 @pytest.fixture(scope='module')
+def small_run_flags(small_run_flags):
+    """With averaging, as in tests/torture/test_kills.py, so that both have the same programs."""
+    return [*small_run_flags, '--config.ema_decay=0.9']
+
+
+@pytest.fixture(scope='module')
 def whole_run(tmp_path_factory, command, small_run_flags):
     """A run of `CONFIG` that nothing interrupted."""
     workdir = tmp_path_factory.mktemp('whole') / 'run'
