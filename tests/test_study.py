@@ -42,17 +42,16 @@ def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_written(tmp_path, arg
     assert not (tmp_path / 'study').exists()
 
 
-# Of a ViT that compiles in no time; tests/test_docs.py has a study of the CNN.
-SMALL_STUDY = ['--models', 'vit', '--regularizations', 'none,dropout', '--seeds', '2']
+SMALL_STUDY = ['--models', 'cnn', '--regularizations', 'none,dropout', '--seeds', '2']
 
 
 @pytest.fixture(scope='module')
-def whole_study(tmp_path_factory, small_vit_flags):
+def whole_study(tmp_path_factory, small_run_flags):
     """A study that is left alone, on a terminal: its directory, and the pictures of its live table."""
     directory = tmp_path_factory.mktemp('whole')
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, '-m', 'flax_dlvc.study', '--workdir', directory, *SMALL_STUDY, *small_vit_flags],
+        [sys.executable, '-m', 'flax_dlvc.study', '--workdir', directory, *SMALL_STUDY, *small_run_flags],
         cwd=ROOT,
         env=os.environ | {'TERM': 'xterm', 'COLUMNS': '120', 'LINES': '40'},
         stdout=theirs,
@@ -73,39 +72,39 @@ def test_a_terminal_shows_a_line_per_run(whole_study):
     """With epoch, best validation accuracy and the time left; in the end what the runs' files say."""
     directory, text = whole_study
     assert re.search(r'at most \d+ seconds left', text)
-    assert re.search(r'vit +│ 0 +│ running +│ [12]/3 +│ 0\.\d{4}', text)
-    assert re.search(r'vit_dropout +│ 1 +│ waiting +│ 0/3 +│ +│', text)
+    assert re.search(r'cnn +│ 0 +│ running +│ [12]/3 +│ 0\.\d{4}', text)
+    assert re.search(r'cnn_dropout +│ 1 +│ waiting +│ 0/3 +│ +│', text)
     last = text[text.rindex('best validation accuracy') :]
-    for cell in ('vit', 'vit_dropout'):
+    for cell in ('cnn', 'cnn_dropout'):
         for seed in (0, 1):
             best = max(r['validation_accuracy'] for r in read_history(directory / cell / f'seed_{seed}'))
             assert re.search(rf'│ {cell} +│ {seed} +│ finished +│ 3/3 +│ {best:.4f} ', last), last
     assert '[1/4]' not in text
 
 
-def test_parallel_runs_are_bit_for_bit_the_serial_ones(whole_study, command, small_vit_flags, tmp_path):
+def test_parallel_runs_are_bit_for_bit_the_serial_ones(whole_study, command, small_run_flags, tmp_path):
     serial, _ = whole_study
-    flags = ['--models', 'vit', '--regularizations', 'none', '--seeds', 2, '--parallel-runs', 2, *small_vit_flags]
+    flags = ['--models', 'cnn', '--regularizations', 'none', '--seeds', 2, '--parallel-runs', 2, *small_run_flags]
     devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
     done = command('study', '--workdir', tmp_path, *flags, **devices)
     assert done.returncode == 0, done.stderr
-    assert '[2/2] vit seed ' in done.stdout
+    assert '[2/2] cnn seed ' in done.stdout
     for seed in (0, 1):
-        ours, theirs = tmp_path / 'vit' / f'seed_{seed}', serial / 'vit' / f'seed_{seed}'
+        ours, theirs = tmp_path / 'cnn' / f'seed_{seed}', serial / 'cnn' / f'seed_{seed}'
         assert read_history(ours) == read_history(theirs)
         assert rundir.read_result(ours)['test'] == rundir.read_result(theirs)['test']
 
 
-def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_vit_flags, tmp_path, capsys):
+def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flags, tmp_path, capsys):
     """Within a factor of ten of the runs' own speed: other work on the machine moves both."""
     serial, _ = whole_study
-    arguments = ['study', '--workdir', str(tmp_path / 'study'), '--models', 'vit', '--regularizations', 'none']
-    study.main([*arguments, '--seeds', '2', *small_vit_flags, '--config.num_epochs=300', '--dry-run'])
+    arguments = ['study', '--workdir', str(tmp_path / 'study'), '--models', 'cnn', '--regularizations', 'none']
+    study.main([*arguments, '--seeds', '2', *small_run_flags, '--config.num_epochs=300', '--dry-run'])
     shown = capsys.readouterr().out
     assert not (tmp_path / 'study').exists()
-    assert 'vit: 2 seeds, 0 finished' in shown
+    assert 'cnn: 2 seeds, 0 finished' in shown
     milliseconds = float(re.search(r'(\d+) ms a step', shown)[1])
-    speed = rundir.read_history(serial / 'vit' / 'seed_1')[-1]['images_per_second']
+    speed = rundir.read_history(serial / 'cnn' / 'seed_1')[-1]['images_per_second']
     assert 0.1 < milliseconds / (1000 * 64 / speed) < 10
     # 4 steps an epoch and the validation split's 290 examples.
     expected = milliseconds / 1000 * (4 + 290 / 64 / 3) * 300 * 2
@@ -115,10 +114,10 @@ def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_vit_flag
 
 
 def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
-    whole_study, start, command, small_vit_flags, tmp_path
+    whole_study, start, command, small_run_flags, tmp_path
 ):
     """Stopped by SIGTERM within its first run, then killed when that one is finished, then left alone."""
-    flags = [*SMALL_STUDY, *small_vit_flags]
+    flags = [*SMALL_STUDY, *small_run_flags]
 
     def wait_for(path):
         deadline = time.monotonic() + 240
@@ -127,19 +126,19 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
         assert path.exists(), process.communicate()
 
     process = start('study', '--workdir', tmp_path, *flags)
-    wait_for(tmp_path / 'vit' / 'seed_0' / 'metrics.jsonl')
+    wait_for(tmp_path / 'cnn' / 'seed_0' / 'metrics.jsonl')
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143, process.communicate()
     process.communicate()
     process = start('study', '--workdir', tmp_path, *flags)
-    wait_for(tmp_path / 'vit' / 'seed_0' / 'result.json')
+    wait_for(tmp_path / 'cnn' / 'seed_0' / 'result.json')
     process.kill()
     process.communicate()
-    finished = (tmp_path / 'vit' / 'seed_0' / 'result.json').stat().st_mtime_ns
+    finished = (tmp_path / 'cnn' / 'seed_0' / 'result.json').stat().st_mtime_ns
     last = command('study', '--workdir', tmp_path, *flags)
     assert last.returncode == 0, last.stderr
     assert '[4/4] ' in last.stdout
-    assert (tmp_path / 'vit' / 'seed_0' / 'result.json').stat().st_mtime_ns == finished
+    assert (tmp_path / 'cnn' / 'seed_0' / 'result.json').stat().st_mtime_ns == finished
     for name in ('table.md', 'table.csv', 'table.tex', 'answers.md'):
         assert (tmp_path / name).read_bytes() == (whole_study[0] / name).read_bytes()
     assert 'digits' in (tmp_path / 'table.md').read_text()
@@ -152,12 +151,12 @@ def test_what_holds_no_study_is_left_alone(tmp_path):
     assert (tmp_path / 'table.md').read_text() == 'mine'
 
 
-def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_vit_flags):
+def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_run_flags):
     """It is sent to every process of the terminal; runs are saved in mid-epoch, of 149 steps.
 
     Unsaved, both would be where their last epochs ended; saved, one may be there by chance.
     """
-    flags = ['--models', 'vit', '--regularizations', 'none', '--seeds', '2', '--parallel-runs', '2', *small_vit_flags]
+    flags = ['--models', 'cnn', '--regularizations', 'none', '--seeds', '2', '--parallel-runs', '2', *small_run_flags]
     flags += ['--config.batch_size=8', '--config.splits.train=train[:80%]', '--config.num_epochs=50']
     flags += ['--config.splits.validation=train[99%:]']
     process = subprocess.Popen(
@@ -168,7 +167,7 @@ def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_vit_flags):
         text=True,
         start_new_session=True,
     )
-    runs = [tmp_path / 'vit' / f'seed_{seed}' for seed in (0, 1)]
+    runs = [tmp_path / 'cnn' / f'seed_{seed}' for seed in (0, 1)]
     deadline = time.monotonic() + 240
     while not all((run / 'metrics.jsonl').exists() for run in runs):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
