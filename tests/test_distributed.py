@@ -44,6 +44,13 @@ def finish(processes, seconds=200):
     return [process.returncode for process in processes], [out for out, _ in outputs], [err for _, err in outputs]
 
 
+def finish_well(processes):
+    """Waits for all, none of which may fail; returns their stdouts."""
+    codes, outputs, errors = finish(processes)
+    assert codes == [0] * len(processes), errors
+    return outputs
+
+
 def wait_for_checkpoint(workdir, seconds=120):
     """Waits for a checkpoint later than those that are there."""
 
@@ -82,8 +89,7 @@ def sgd(comparable):
 def sgd_on_one_device(tmp_path_factory, start_processes, sgd):
     """The directory of a run that those on more devices are compared with."""
     workdir = tmp_path_factory.mktemp('sgd') / 'run'
-    codes, _, errors = finish(start_processes(1, 1, *sgd, '--workdir', workdir))
-    assert codes == [0], errors
+    finish_well(start_processes(1, 1, *sgd, '--workdir', workdir))
     return workdir
 
 
@@ -105,8 +111,7 @@ def test_losses_do_not_depend_on_devices_and_processes(
 ):
     profile = ['--profile'] if processes > 1 else []
     started = start_processes(processes, devices, *sgd, *profile, '--workdir', tmp_path / 'run')
-    codes, outputs, errors = finish(started)
-    assert codes == [0] * processes, errors
+    outputs = finish_well(started)
     assert 'test, best epoch ' in outputs[0]
     assert all('accuracy' not in output for output in outputs[1:])
     assert [' s went:' in output for output in outputs] == [bool(profile), False][:processes]
@@ -124,11 +129,9 @@ def test_stopped_on_four_devices_it_goes_on_in_two_processes_and_is_evaluated_on
     process.send_signal(signal.SIGTERM)
     codes, _, errors = finish([process])
     assert codes == [143], errors
-    codes, outputs, errors = finish(start_processes(2, 2, *flags))
-    assert codes == [0, 0], errors
+    outputs = finish_well(start_processes(2, 2, *flags))
     assert 'going on after step' in outputs[0]
-    codes, _, errors = finish(on_one)
-    assert codes == [0], errors
+    finish_well(on_one)
     check_close(tmp_path / 'run', tmp_path / 'whole')
 
     done = command('evaluate', '--workdir', tmp_path / 'run')
@@ -168,11 +171,9 @@ def test_stopped_by_signals_and_killed_the_run_goes_on_to_the_same_bits(tmp_path
             assert 'the leader task' in errors[1].lower()
         assert not (tmp_path / 'run' / 'result.json').exists()
 
-    codes, outputs, errors = finish(start_processes(2, 1, *flags))
-    assert codes == [0, 0], errors
+    outputs = finish_well(start_processes(2, 1, *flags))
     assert 'going on after step' in outputs[0]
-    codes, _, errors = finish(left_alone)
-    assert codes == [0, 0], errors
+    finish_well(left_alone)
     check_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
