@@ -17,18 +17,22 @@ import numpy as np
 
 from benchmarks.throughput import Contender, serve
 
-# Prints the time when the first training step is complete, and leaves; begins as the command does.
+# Prints when the first training step begins and when it is complete, and leaves; begins as the command does.
 _FIRST_STEP = """
-import os, sys, time
+import os, time
 from flax_dlvc import errors, main
 def until_the_first_step(argv):
     import jax
-    from flax_dlvc import loop
-    def note(monitor, step, sums):
-        jax.block_until_ready(sums)
-        print(time.time(), flush=True)
-        os._exit(0)
-    loop.Monitor.note = note
+    from flax_dlvc.setup import Setup
+    train_step = Setup.train_step.fget
+    def first_step(setup):
+        def step(*arguments):
+            begun = time.time()
+            jax.block_until_ready(train_step(setup)(*arguments))
+            print(begun, time.time(), flush=True)
+            os._exit(0)
+        return step
+    Setup.train_step = property(first_step)
     main.main(argv)
 errors.run_command(until_the_first_step)
 """
@@ -75,18 +79,22 @@ def start_up(model: str, changes: dict[str, Any], *, rounds: int) -> dict[str, l
 
     Returns:
         In each round: `cold` without and `warm` with compiled programs in the cache (decoded images are there in
-        both), `imports` (a process that only imports what a run imports) and `compile` (of the training step alone).
+        both), of it `cold step` and `warm step`, the step itself; `imports` (a process that only imports what a run
+        imports) and `compile` (of the training step alone).
     """
     flags = main_flags(model, changes)
     _spent([sys.executable, '-c', _COMPILE, *flags], {})  # decodes the images, once
-    seconds: dict[str, list[float]] = {'cold': [], 'warm': [], 'imports': [], 'compile': []}
+    names = ('cold', 'cold step', 'warm', 'warm step', 'imports', 'compile')
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as directory:
             cache = {'JAX_COMPILATION_CACHE_DIR': f'{directory}/compiled'}
             for kind in ('cold', 'warm'):
                 started = time.time()
                 output, _ = _spent([sys.executable, '-c', _FIRST_STEP, *flags, f'--workdir={directory}/{kind}'], cache)
-                seconds[kind].append(float(output.split()[-1]) - started)
+                begun, ended = map(float, output.split()[-2:])
+                seconds[kind].append(ended - started)
+                seconds[f'{kind} step'].append(ended - begun)
         with tempfile.TemporaryDirectory() as directory:
             cache = {'JAX_COMPILATION_CACHE_DIR': directory}
             seconds['imports'].append(_spent([sys.executable, '-c', 'import flax_dlvc.loop'], cache)[1])
@@ -102,7 +110,7 @@ def _spent(command: list[str], environment: dict[str, str]) -> tuple[str, float]
 
 
 def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
-    """A process that runs the compiled steps alone: `train(n)`, `validate()`, `forward()` as it is told."""
+    """A process that runs the compiled steps alone: `train()`, `validate()`, `forward()` as it is told."""
     import jax
     import jax.numpy as jnp
 
@@ -124,8 +132,8 @@ def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     ]
     apply = jax.jit(lambda variables, images: setup.model.apply(variables, images, train=False))
 
-    def train() -> None:
-        for indices in train_calls:
+    def train(whole_epoch: bool = True) -> None:
+        for indices in train_calls if whole_epoch else (train_calls[0], train_calls[-1]):  # the last may be shorter
             holder[0], sums = setup.train_step(holder[0], *train_split, indices)
         jax.block_until_ready(sums)
 
@@ -152,8 +160,8 @@ def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> di
     """
     flags = main_flags(model, changes | {'num_epochs': epochs + 1, 'early_stopping.patience': 0})
     worker = Contender(bare, model, changes)
-    for name in ('train', 'validate', 'forward'):
-        worker.ask(name)  # compiles
+    for request in (('train', False), ('validate',), ('forward',)):
+        worker.ask(*request)  # compiles
     seconds: dict[str, list[float]] = {'epoch': [], 'train': [], 'validate': [], 'forward': []}
     for _ in range(rounds):
         seconds['train'].append(worker.ask('train')[1])

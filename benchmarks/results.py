@@ -62,7 +62,7 @@ def render(results: dict[str, Any]) -> str:
         'throughput': ('Our steps against PyTorch', _throughput),
         'utilization': ("A device's arithmetic", _utilization),
         'speedrun': ('Speedruns', _speedrun),
-        'startup': ('From process start to the end of the first training step', _startup),
+        'startup': ('From process start to the first training step', _startup),
         'overhead': ('Around the step', _overhead),
         'saving': ('What saving costs', _saving),
         'scaling': ('Several devices', _scaling),
@@ -74,7 +74,7 @@ def render(results: dict[str, Any]) -> str:
             measured += [entry['machine'] for entry in cases.values()]
     lines += ['', '## Machine', '']
     for key in ('date', 'processor', 'versions'):
-        lines.append(f'* {key}: {"; ".join(dict.fromkeys(each[key] for each in measured))}')
+        lines.append(f'* {key}: {"; ".join(sorted({each[key] for each in measured}))}')
     return '\n'.join(lines) + '\n'
 
 
@@ -179,14 +179,15 @@ def _startup(cases: dict[str, Any]) -> list[str]:
     for model, entry in cases.items():
         value = entry['value']
         least = [a + b for a, b in zip(value['imports'], value['compile'], strict=True)]
-        quotients = [cold / each for cold, each in zip(value['cold'], least, strict=True)]
-        columns = (value['cold'], value['imports'], value['compile'], quotients, value['warm'])
-        rows.append([model, *map(_spread, columns)])
-    head = ('seconds', 'cold', 'imports', 'compiling the training step', 'cold / (imports + compiling)', 'warm')
+        begun = [cold - step for cold, step in zip(value['cold'], value['cold step'], strict=True)]
+        columns = [value[name] for name in ('cold', 'cold step', 'imports', 'compile')]
+        columns += [[a / b for a, b in zip(seconds, least, strict=True)] for seconds in (begun, value['cold'])]
+        rows.append([model, *map(_spread, (*columns, value['warm']))])
+    head = ('seconds', 'cold', 'its step', 'imports', 'compiling', 'until its step / least', 'cold / least', 'warm')
     return [
-        'Cold: no compiled program is in the cache. Warm: all are. Decoded images are there in both. What a cold',
-        'start takes beyond imports and compiling the training step: compiling the initial state, loading, and the',
-        'step itself, which touches its memory for the first time.',
+        'Cold: no compiled program is in the cache. Warm: all are. Decoded images are there in both. *Least*: imports',
+        'and compiling the training step. What a cold start takes beyond: compiling the initial state, loading, and',
+        'the step itself, which touches its memory for the first time.',
         '',
         *markdown_table(head, rows),
     ]
@@ -205,8 +206,7 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
         'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training',
         'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
         'on batches that lie ready. What limits the loop is what every epoch costs, however short: the save beside its',
-        'first steps, and on a CPU memory that is given back to the kernel and touched again. It weighs ten times in',
-        "the ViT's epochs here, which are a tenth of the real ones.",
+        'first steps, and on a CPU memory that is given back to the kernel and touched again.',
         '',
         *markdown_table(head, rows),
     ]
@@ -247,7 +247,7 @@ def _saving(cases: dict[str, Any]) -> list[str]:
     head = ('', 'epochs each', 'seconds of an epoch', 'images/s with saves over without')
     return [
         'One run of which every other epoch is saved: an epoch that begins with a save, part of which goes on beside',
-        'its steps, against the next one, which does not. Whole epochs (a tenth for the ViT).',
+        'its steps, against the next one, which does not. Whole epochs (a tenth of one for the ViT).',
         '',
         *markdown_table(head, rows),
     ]

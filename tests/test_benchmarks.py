@@ -36,6 +36,22 @@ def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
     assert 'torch is not installed' in done.stdout
 
 
+def test_command_measures_what_is_lost_around_the_step(tmp_path):
+    command = [sys.executable, '-m', 'benchmarks', 'startup', 'overhead', 'saving', '--quick', '--models', 'cnn']
+    done = subprocess.run([*command, '--output', tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / 'benchmarks.json').read_text())
+    start, loop, saving = (parts[part]['cnn']['value'] for part in ('startup', 'overhead', 'saving'))
+    for kind in ('cold', 'warm'):
+        assert 0 < start[f'{kind} step'][0] < start[kind][0] - start['imports'][0]
+    assert start['compile'][0] < start['cold'][0]
+    assert loop['images'] == [288] and len(loop['epoch']) == 1 and len(loop['train']) == 2
+    assert min(loop['train'] + loop['validate']) > 0 and len(saving['with']) == len(saving['without']) == 1
+    page = (tmp_path / 'benchmarks.md').read_text()
+    assert re.search(r'\| cnn( \| [\d.]+ / \*\*[\d.]+\*\* / [\d.]+){7} \|', page)
+    assert '| cnn | 288 |' in page and '| cnn | 1 |' in page
+
+
 def test_every_turn_has_new_processes_and_a_peer_that_fails_is_named(monkeypatch):
     started = []
 
