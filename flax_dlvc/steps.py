@@ -32,26 +32,22 @@ PredictionStep = Callable[[Any, np.ndarray], jax.Array]
 class TrainState(flax.struct.PyTreeNode):
     """All that training depends on, besides the config and the data.
 
-    `ema_params` and `ema_batch_stats` are moving averages, empty where there are none: batch statistics belong to the
-    parameters that they were made with, so both are averaged alike. `sums` are those of the current epoch, so that an
-    epoch can be left and taken up again in its middle.
+    `ema` has moving averages of `params` and `batch_stats`, under their names, or is empty: batch statistics belong to
+    the parameters that they were made with, so both are averaged alike. `sums` are those of the current epoch, so that
+    an epoch can be left and taken up again in its middle.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    ema_params: Any
-    ema_batch_stats: Any
+    ema: dict[str, Any]
     sums: Sums
 
     @property
     def variables(self) -> dict[str, Any]:
         """What the model is evaluated with."""
-        return {
-            'params': self.ema_params or self.params,
-            'batch_stats': self.ema_batch_stats or self.batch_stats,
-        }
+        return self.ema or {'params': self.params, 'batch_stats': self.batch_stats}
 
 
 class TrainStep(Protocol):
@@ -109,15 +105,12 @@ def create_state(
     """
     key, _, _ = keys_of(seed)
     variables = model.init(key, jnp.zeros((1, *image_shape)) if images is None else images, train=False)
-    params, batch_stats = variables['params'], variables.get('batch_stats', {})
-    ema_params, ema_batch_stats = jax.tree.map(jnp.copy, (params, batch_stats)) if ema_decay else ({}, {})
+    variables = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        ema_params=ema_params,
-        ema_batch_stats=ema_batch_stats,
+        **variables,
+        opt_state=optimizer.init(variables['params']),
+        ema=jax.tree.map(jnp.copy, variables) if ema_decay else {},
         sums=Sums.empty(num_classes),
     )
 
@@ -262,17 +255,12 @@ def make_train_step(
         gradients, sums, batch_stats = gradients_of(state, images, labels, indices, (augmentation_key, dropout_key))
         gradients, batch_stats = jax.lax.pmean((gradients, batch_stats), AXIS)
         updates, opt_state = make_optimizer(learning_rate).update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        averages = state.ema_params, state.ema_batch_stats
-        if ema_decay:
-            averages = optax.incremental_update((params, batch_stats), averages, 1 - ema_decay)
+        variables = {'params': optax.apply_updates(state.params, updates), 'batch_stats': batch_stats}
         return TrainState(
             step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
+            **variables,
             opt_state=opt_state,
-            ema_params=averages[0],
-            ema_batch_stats=averages[1],
+            ema=optax.incremental_update(variables, state.ema, 1 - ema_decay) if ema_decay else {},
             sums=state.sums.merge(jax.lax.psum(sums, AXIS)),
         )
 

@@ -52,12 +52,7 @@ def save_as_run(workdir: Path, setup: Setup, variables: dict[str, Any]) -> None:
 def with_variables(state: steps.TrainState, variables: dict[str, Any]) -> steps.TrainState:
     """The state with other parameters and batch statistics, placed where it is."""
     placed = jax.device_put(variables, state.step.sharding)
-    params, batch_stats = placed['params'], placed['batch_stats']
-    state = state.replace(params=params, batch_stats=batch_stats)
-    if not state.ema_params:
-        return state
-    ema_params, ema_batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
-    return state.replace(ema_params=ema_params, ema_batch_stats=ema_batch_stats)
+    return state.replace(**placed, ema=jax.tree.map(jnp.copy, placed) if state.ema else {})
 
 
 def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[steps.TrainState, list[str]]:

@@ -340,7 +340,7 @@ def test_the_average_of_the_parameters_is_what_is_validated(small_config, tmp_pa
     small_config.ema_decay = 0.5
     loop.run(small_config, tmp_path / 'moving')
     state = restore_latest(tmp_path / 'moving')
-    assert state.variables['params'] is state.ema_params
+    assert state.variables['params'] is state.ema['params']
     assert read_history(tmp_path / 'moving')[1]['validation_loss'] < second['validation_loss']
 
 

@@ -50,7 +50,7 @@ def test_what_fits_is_kept_and_the_rest_stays_as_initialised(trained):
         np.testing.assert_array_equal(value, (fresh if name in anew else kept)[name])
         if name.endswith('kernel'):
             assert not np.array_equal(fresh[name], kept[name])
-    averaged = leaves(state.ema_params)
+    averaged = leaves(state.ema['params'])
     for name, value in begun.items():
         np.testing.assert_array_equal(averaged[name], value)
 
