@@ -1,5 +1,6 @@
 """Configs: reading them from the command line and from a run directory, checking them, writing them as JSON."""
 
+import argparse
 import json
 import math
 import re
@@ -33,16 +34,16 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
         'config', help_string='Path of a config file.', flag_values=flag_values, sys_argv=list(argv)
     )
     define_flags(flag_values)
+    path = _config_file(argv)
     _check_overrides(argv)
     try:
         surplus = flag_values(list(argv))[1:]
         config = flag_values.config
         is_config = hasattr(config, 'to_dict')  # raises what kept the file from being read
-    except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything
+    except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
-    if not flag_values['config'].present:
-        raise ConfigError('no config: say --config configs/NAME.py')
-    path = Path(config_flags.get_config_filename(flag_values['config']))
+    except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything
+        raise ConfigError(f'{path}: {_one_line(error.__cause__ or error)}') from error
     if not is_config:
         raise ConfigError(f'{path}: get_config() must return a ConfigDict, not {type(config).__name__}')
     if config.get('name') == '':
@@ -51,6 +52,19 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
         raise ConfigError(f'{surplus[0]!r} is not a flag; fields are set as --config.FIELD=VALUE')
     validate(config)
     return flag_values
+
+
+def _config_file(argv: Sequence[str]) -> Path:
+    """The file that `--config` names; without one, the flags' own messages speak of something else."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--config', '-config', nargs='?')
+    name = parser.parse_known_args(argv[1:])[0].config
+    if not name:
+        raise ConfigError('no config: say --config configs/NAME.py')
+    path = Path(name.partition(':')[0])  # what follows is an argument of its get_config
+    if not path.is_file():
+        raise ConfigError(f'{path} is not a file: say --config configs/NAME.py')
+    return path
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
