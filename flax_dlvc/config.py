@@ -43,7 +43,9 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
     except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
     except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything
-        raise ConfigError(f'{path}: {_one_line(error.__cause__ or error)}') from error
+        # An OSError comes wrapped into another one, which does not name it.
+        cause = error.__cause__ if isinstance(error, OSError) else None
+        raise ConfigError(f'{path}: {_one_line(cause or error)}') from error
     if not is_config:
         raise ConfigError(f'{path}: get_config() must return a ConfigDict, not {type(config).__name__}')
     if config.get('name') == '':

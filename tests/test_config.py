@@ -379,6 +379,7 @@ GET_DEFAULT = 'from configs import default\ndef get_config():\n    config = defa
         ('import no_such_module\n', r'broken\.py: .*No module named .no_such_module'),
         ('open("/nowhere")\n', r"broken\.py: .*No such file or directory: '/nowhere'"),
         ('raise SystemExit(3)\n', r'broken\.py: SystemExit'),
+        ('raise KeyError("SIZE") from ValueError("unset")\n', r'broken\.py: KeyError: .SIZE'),
         ('def get_config():\n    raise ValueError("many words")\n', 'many words'),
         ('def get_config():\n    raise ValueError("two\\nlines")\n', 'lines'),
         ('def get_config(): pass\n', r'broken\.py.*get_config\(\)'),
