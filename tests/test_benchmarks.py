@@ -52,6 +52,24 @@ def test_command_measures_what_is_lost_around_the_step(tmp_path):
     assert '| cnn | 288 |' in page and '| cnn | 1 |' in page
 
 
+def test_readme_states_the_committed_figures():
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
+    directory = ROOT / 'docs' / 'results'
+    page = (directory / 'benchmarks.md').read_text()
+    assert results.render(json.loads((directory / 'benchmarks.json').read_text())) == page
+
+    def medians(title: str, figure: str) -> list[str]:
+        table = page.partition(title)[2]
+        return [re.search(rf'\n\| {model}{figure}', table)[1] for model in scaling.MODELS]
+
+    last_column = r', batch 128, float32 \|.*\*\*([\d.]+)\*\*'
+    training, evaluation = medians('**Training step**', last_column), medians('**Evaluation step**', last_column)
+    loop = medians('## Around the step', r' \| [\d,]+ \| [\d.]+ / \*\*([\d.]+)')
+    assert '{} (CNN), {} (ResNet18) and {} (ViT) times as fast'.format(*training) in readme
+    assert 'an evaluation step {}, {} and {} times'.format(*evaluation) in readme
+    assert 'a run has {}, {} and {} of the speed'.format(*loop) in readme
+
+
 def test_every_turn_has_new_processes_and_a_peer_that_fails_is_named(monkeypatch):
     started = []
 
