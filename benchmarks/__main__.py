@@ -16,12 +16,8 @@ from benchmarks.scaling import MODELS
 
 PARTS = ('throughput', 'utilization', 'startup', 'overhead', 'saving', 'scaling')
 
-# Of a ViT, whose whole epoch takes seven minutes on two cores, a part; saving is seen in a dozen of them.
-SAVING_EPOCHS: dict[str, dict[str, Any]] = {
-    'cnn': {},
-    'resnet18': {},
-    'vit': {'splits.train': 'train[:10%]', 'splits.validation': 'train[80%:82%]'},
-}
+# What saving costs is seen in a dozen epochs; one of the ViT takes seven minutes on two cores.
+PART_OF_AN_EPOCH = {'vit': {'splits.train': 'train[:10%]', 'splits.validation': 'train[80%:82%]'}}
 # Images of a step on one device: as many as give steps of a tenth of a second or more on two cores.
 SCALING_BATCH_SIZES = {'cnn': 64, 'resnet18': 32, 'vit': 16}
 QUICK = {
@@ -41,6 +37,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print('torch is not installed: our steps are measured without a peer')
     peers = tuple(arguments.peers) if torch_is_there else ()
     rounds, turn_seconds = (1, 0.0) if arguments.quick else (arguments.rounds, 1.0)
+    changes: dict[str, Any] = QUICK if arguments.quick else {}
 
     def keep(part: str, name: str, value: Any) -> None:
         results.keep(part, name, value)
@@ -59,14 +56,11 @@ def measure(arguments: argparse.Namespace) -> None:
                     value = utilization.measure(case, stem, rounds=rounds, turn_seconds=turn_seconds)
                     keep('utilization', name, value)
         if 'startup' in arguments.parts:
-            changes = QUICK if arguments.quick else {}
             keep('startup', model, overhead.start_up(model, changes, rounds=min(rounds, 3)))
         if 'overhead' in arguments.parts:
-            changes = QUICK if arguments.quick else {}
             keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2, rounds=1))
         if 'saving' in arguments.parts:
-            changes = QUICK if arguments.quick else SAVING_EPOCHS[model]
-            keep('saving', model, overhead.saving(model, changes, turns=rounds))
+            keep('saving', model, overhead.saving(model, PART_OF_AN_EPOCH.get(model, {}) | changes, turns=rounds))
         if 'scaling' in arguments.parts:
             batch_size = max(arguments.device_counts) if arguments.quick else SCALING_BATCH_SIZES[model]
             counts = arguments.device_counts

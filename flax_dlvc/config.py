@@ -1,6 +1,5 @@
 """Configs: reading them from the command line and from a run directory, checking them, writing them as JSON."""
 
-import argparse
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from configs import default
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ArgumentParser, ConfigError
 
 
 def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
@@ -34,7 +33,7 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
         'config', help_string='Path of a config file.', flag_values=flag_values, sys_argv=list(argv)
     )
     define_flags(flag_values)
-    path = _config_file(argv)
+    path = _config_path(argv)
     _check_overrides(argv)
     try:
         surplus = flag_values(list(argv))[1:]
@@ -56,9 +55,9 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
     return flag_values
 
 
-def _config_file(argv: Sequence[str]) -> Path:
+def _config_path(argv: Sequence[str]) -> Path:
     """The file that `--config` names; without one, the flags' own messages speak of something else."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--config', '-config', nargs='?')
     name = parser.parse_known_args(argv[1:])[0].config
     if not name:

@@ -20,34 +20,36 @@ def test_ratio_is_taken_within_a_turn_and_against_the_best_peer():
     assert ratios(contenders, 'train', ('a', 'b')) == (0.5, 2.0, 2.0)
 
 
-def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
-    (tmp_path / 'benchmarks.json').write_text('{"throughput": {}, "other": {"kept": 1}}')
-    options = ['--quick', '--models', 'cnn', '--batch-sizes', '16', '--dtypes', 'float32', '--peers', 'eager']
-    command = [sys.executable, '-m', 'benchmarks', 'throughput', *options, '--output', tmp_path]
+def measure(output, *arguments):
+    """Runs `python -m benchmarks ARGUMENT … --quick` for the CNN: its figures, its page and what it prints."""
+    command = [sys.executable, '-m', 'benchmarks', *arguments, '--quick', '--models', 'cnn', '--output', output]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / 'benchmarks.json').read_text())
-    ours = results['throughput']['cnn, batch 16, float32']['value']['contenders']['ours']
+    return json.loads((output / 'benchmarks.json').read_text()), (output / 'benchmarks.md').read_text(), done.stdout
+
+
+def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
+    (tmp_path / 'benchmarks.json').write_text('{"throughput": {}, "other": {"kept": 1}}')
+    options = ('--batch-sizes', '16', '--dtypes', 'float32', '--peers', 'eager')
+    figures, page, printed = measure(tmp_path, 'throughput', *options)
+    ours = figures['throughput']['cnn, batch 16, float32']['value']['contenders']['ours']
     assert len(ours['train']) == len(ours['evaluate']) == 1 and ours['train'][0] > 0 and ours['peak_bytes'] > 2**26
-    assert results['other'] == {'kept': 1}
-    assert '| cnn, batch 16, float32 |' in (tmp_path / 'benchmarks.md').read_text()
-    if 'eager' in results['throughput']['cnn, batch 16, float32']['value']['contenders']:
+    assert figures['other'] == {'kept': 1}
+    assert '| cnn, batch 16, float32 |' in page
+    if 'eager' in figures['throughput']['cnn, batch 16, float32']['value']['contenders']:
         return
-    assert 'torch is not installed' in done.stdout
+    assert 'torch is not installed' in printed
 
 
 def test_command_measures_what_is_lost_around_the_step(tmp_path):
-    command = [sys.executable, '-m', 'benchmarks', 'startup', 'overhead', 'saving', '--quick', '--models', 'cnn']
-    done = subprocess.run([*command, '--output', tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    parts = json.loads((tmp_path / 'benchmarks.json').read_text())
-    start, loop, saving = (parts[part]['cnn']['value'] for part in ('startup', 'overhead', 'saving'))
+    parts = ('startup', 'overhead', 'saving')
+    figures, page, _ = measure(tmp_path, *parts)
+    start, loop, saving = (figures[part]['cnn']['value'] for part in parts)
     for kind in ('cold', 'warm'):
         assert 0 < start[f'{kind} step'][0] < start[kind][0] - start['imports'][0]
     assert start['compile'][0] < start['cold'][0]
     assert loop['images'] == [288] and len(loop['epoch']) == 1 and len(loop['train']) == 2
     assert min(loop['train'] + loop['validate']) > 0 and len(saving['with']) == len(saving['without']) == 1
-    page = (tmp_path / 'benchmarks.md').read_text()
     assert re.search(r'\| cnn( \| [\d.]+ / \*\*[\d.]+\*\* / [\d.]+){7} \|', page)
     assert '| cnn | 288 |' in page and '| cnn | 1 |' in page
 
@@ -147,16 +149,13 @@ def test_what_the_page_says_of_scaling_is_what_its_tables_say():
 
 
 def test_scaling_runs_on_one_and_two_devices(tmp_path):
-    options = ['--quick', '--models', 'cnn', '--device-counts', '1', '2', '--output', tmp_path]
-    command = [sys.executable, '-m', 'benchmarks', 'scaling', *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    value = json.loads((tmp_path / 'benchmarks.json').read_text())['scaling']['cnn']['value']
+    figures, page, _ = measure(tmp_path, 'scaling', '--device-counts', '1', '2')
+    value = figures['scaling']['cnn']['value']
     assert set(value['steps']) == {'1 x 2', '1 x 1', '2 x 2', '2 x 1'} and set(value['reduce']) == {'2'}
     assert value['bytes'] == 2_481_448
     for row in scaling.rows(value)[1:]:
         assert row.share[0] > 0 and row.images[0] > 0 and row.cores[0] > 0
-    assert '| cnn, 2 x 1 |' in (tmp_path / 'benchmarks.md').read_text()
+    assert '| cnn, 2 x 1 |' in page
 
 
 def test_flops_of_the_program_for_accelerators_without_what_padding_multiplies():
@@ -178,13 +177,10 @@ def test_flops_of_the_program_for_accelerators_without_what_padding_multiplies()
 def test_utilization_is_the_share_of_a_product(tmp_path):
     value = {'images': [10.0, 30.0], 'flops': [100.0, 200.0], 'flops_per_image': 2.0}
     assert utilization.shares(value) == [0.2, 0.3]
-    options = ['--quick', '--models', 'cnn', '--batch-sizes', '16', '--dtypes', 'float32', '--output', tmp_path]
-    command = [sys.executable, '-m', 'benchmarks', 'utilization', *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    value = json.loads((tmp_path / 'benchmarks.json').read_text())['utilization']['cnn, batch 16, float32']['value']
+    figures, page, _ = measure(tmp_path, 'utilization', '--batch-sizes', '16', '--dtypes', 'float32')
+    value = figures['utilization']['cnn, batch 16, float32']['value']
     assert value['device'] == 'cpu' and 0 < utilization.shares(value)[0] < 1
-    assert '| cnn, batch 16, float32 | cpu |' in (tmp_path / 'benchmarks.md').read_text()
+    assert '| cnn, batch 16, float32 | cpu |' in page
 
 
 def run_speedrun(*arguments):
