@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_dlvc.models.convolution import LAYOUT, Conv
-from flax_dlvc.models.layers import Dropout, expose, gelu, max_pool
+from flax_dlvc.models.layers import BatchNorm, Dropout, expose, gelu, max_pool
 
 # PyTorch's default of a convolution: uniform within the inverse root of the fan-in.
 torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -98,7 +98,7 @@ class Block(nn.Module):
         """Maps (B, H, W, C) to (B, H // 2, W // 2, features)."""
         conv = partial(Conv, self.features, (3, 3), use_bias=False, kernel_init=dirac_init, dtype=self.dtype)
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             use_scale=False,
             momentum=0.6,  # few steps: the running statistics have to follow fast

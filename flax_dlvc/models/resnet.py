@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from flax_dlvc.models.convolution import Conv
-from flax_dlvc.models.layers import Dropout, expose, max_pool
+from flax_dlvc.models.layers import BatchNorm, Dropout, expose, max_pool
 
-batch_norm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)  # PyTorch's defaults; its momentum is one minus this
+batch_norm = partial(BatchNorm, momentum=0.9, epsilon=1e-5)  # PyTorch's defaults; its momentum is one minus this
 # Kaiming normal over the fan-out, torchvision's initialisation of every convolution.
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_dlvc.models.convolution import Conv
-from flax_dlvc.models.layers import Dropout, StochasticDepth, attention, gelu, max_pool
+from flax_dlvc.models.layers import Dropout, StochasticDepth, attention, gelu, max_pool, row_major
 
 
 def image_to_patches(x: jax.Array, patch_size: int) -> jax.Array:
@@ -110,4 +110,6 @@ class ViT(nn.Module):
             block = Block(self.hidden_dim, self.num_heads, self.dropout_rate, self.dtype, drop, name=name)
             x = block(x, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='mlp_head_0')(x[:, 0])
+        if train:  # for the gradient of the next kernel XLA would turn all tokens' maps round, batch last, on a GPU
+            x = row_major(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name='mlp_head_1')(x).astype(jnp.float32)

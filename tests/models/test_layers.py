@@ -1,5 +1,7 @@
 """Every layer against flax's own, or against its definition."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,19 +38,28 @@ def test_max_pool_equals_flax(pool, dtype, platform):
     assert maximum_error(ours, value_and_gradient(nn.max_pool)) == 0
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
 @pytest.mark.parametrize('pool', POOLS, ids=str)
-def test_max_pool_splits_the_gradient_of_ties_without_loss(pool, platform):
+def test_on_a_cpu_max_pool_splits_the_gradient_of_ties_without_loss(pool):
     size, window, strides, padding = pool
     x = jnp.zeros((2, *size, 3))
-    with layers.traced_for(platform):
-        y, backward = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
-        (dx,) = backward(jnp.ones_like(y))
+    y, backward = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
+    (dx,) = backward(jnp.ones_like(y))
     assert dx.min() >= 0
     assert np.asarray(dx).sum(dtype=np.float64) == pytest.approx(y.size)
-    if platform == 'gpu' and window == strides:
-        height, width = (length // side * side for length, side in zip(size, window, strict=True))
-        np.testing.assert_allclose(dx[:, :height, :width], 1 / np.prod(window), rtol=1e-6)
+
+
+@pytest.mark.parametrize('pool', POOLS, ids=str)
+def test_elsewhere_max_pool_gives_the_gradient_of_ties_to_the_first_as_flax_does(pool):
+    size, *arguments = pool
+    x = jax.random.randint(jax.random.key(0), (5, *size, 3), 0, 3).astype(jnp.float32)
+
+    def gradient(function):
+        y, backward = jax.vjp(lambda x: function(x, *arguments), x)
+        return backward(jnp.arange(1.0, y.size + 1).reshape(y.shape))[0]
+
+    with layers.traced_for('gpu'):
+        ours = gradient(layers.max_pool)
+    np.testing.assert_array_equal(ours, gradient(nn.max_pool))
 
 
 @pytest.mark.parametrize('strides', [(2, 2), (1, 1)])
@@ -69,6 +80,74 @@ def test_elsewhere_the_gradient_of_windows_side_by_side_is_not_scattered():
 
     with layers.traced_for('gpu'):
         assert 'select_and_scatter' not in program((2, 2)) and 'select_and_scatter' in program((1, 1))
+
+
+def test_elsewhere_the_gradient_of_windows_side_by_side_takes_of_the_input_the_shape_alone():
+    x, g = jnp.ones((2, 9, 9, 3)), jnp.ones((2, 4, 4, 3))
+    _, (winner, _) = layers.max_pool_and_winners(x, (2, 2))
+    assert winner.shape == g.shape and winner.dtype == jnp.uint8
+    program = jax.make_jaxpr(lambda x: layers.max_pool_blocks_gradient((2, 2), (winner, x), g))(x).jaxpr
+    assert not any(program.invars[0] is variable for equation in program.eqns for variable in equation.invars)
+
+
+def train_norm(layer, variables, x, g):
+    """The result of a layer, its new running statistics, and the gradients for its parameters and input."""
+
+    def apply(params, x):
+        return layer.apply(variables | {'params': params}, x, mutable=['batch_stats'])
+
+    y, backward, updated = jax.vjp(apply, variables['params'], x, has_aux=True)
+    return y, updated['batch_stats'], backward(g)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 2e-2)])
+@pytest.mark.parametrize('use_scale', [True, False])
+def test_batch_norm_equals_flax(dtype, tolerance, use_scale):
+    options = {'use_scale': use_scale, 'momentum': 0.8, 'epsilon': 1e-3, 'dtype': jnp.dtype(dtype)}
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, g = (jax.random.normal(key, (6, 5, 4, 3)).astype(dtype) for key in keys[:2])
+    x = x * jnp.array([1, 2, 0.1], dtype) + jnp.array([0.5, -1, 0], dtype)
+    ours, flax = (layer(use_running_average=False, **options) for layer in (layers.BatchNorm, nn.BatchNorm))
+    variables = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, flax.init(jax.random.key(1), x))
+    variables['params'] = jax.tree.map(lambda leaf: leaf + jax.random.uniform(keys[2], leaf.shape), variables['params'])
+    assert maximum_error(train_norm(ours, variables, x, g), train_norm(flax, variables, x, g)) < tolerance
+    ours, flax = (layer(use_running_average=True, **options) for layer in (layers.BatchNorm, nn.BatchNorm))
+    variables['batch_stats'] = {'mean': jax.random.normal(keys[3], (3,)), 'var': jax.random.uniform(keys[4], (3,))}
+    assert ours.apply(variables, x).dtype == dtype
+    assert maximum_error(ours.apply(variables, x), flax.apply(variables, x)) < tolerance
+
+
+def test_batch_norm_over_devices_equals_flax_and_that_of_the_whole_batch():
+    x, g = (jax.random.normal(key, (8, 3, 3, 2)) for key in jax.random.split(jax.random.key(0)))
+    variables = layers.BatchNorm(False).init(jax.random.key(1), x)
+
+    def on_two(layer):
+        halves = (each.reshape(2, 4, 3, 3, 2) for each in (x, g))
+        train = partial(train_norm, layer(use_running_average=False, axis_name='devices'), variables)
+        y, statistics, (params, dx) = jax.vmap(train, axis_name='devices')(*halves)
+        return y.reshape(x.shape), jax.tree.map(lambda leaf: leaf[1], statistics), params, dx.reshape(x.shape)
+
+    ours = on_two(layers.BatchNorm)
+    assert maximum_error(ours, on_two(nn.BatchNorm)) < 1e-5
+    y, statistics, (_, dx) = train_norm(nn.BatchNorm(use_running_average=False), variables, x, g)
+    assert maximum_error((ours[0], ours[1], ours[3]), (y, statistics, dx)) < 1e-5
+
+
+def test_batch_norm_of_a_constant_is_finite():
+    layer = layers.BatchNorm(use_running_average=False, epsilon=1e-12)
+    x = jnp.broadcast_to(jnp.linspace(0.1, 10, 50), (7, 3, 3, 50))  # of some the variance is below zero by rounding
+    variables = layer.init(jax.random.key(0), x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(train_norm(layer, variables, x, x)))
+
+
+def test_rows_are_asked_for_where_the_program_is_not_for_a_cpu():
+    x = jnp.arange(6.0).reshape(2, 3)
+    program = lambda: jax.jit(lambda x: layers.row_major(x)).lower(x).as_text()  # noqa: E731
+    assert 'LayoutConstraint' not in program()
+    with layers.traced_for('gpu'):
+        assert 'LayoutConstraint' in program()
+        np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: (layers.row_major(x) ** 2).sum()))(x), 2 * x)
 
 
 def masks(rate: float, shape: tuple, seed: int = 0) -> np.ndarray:
