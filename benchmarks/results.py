@@ -61,6 +61,7 @@ def render(results: dict[str, Any]) -> str:
     parts = {
         'throughput': ('Our steps against PyTorch', _throughput),
         'utilization': ("A device's arithmetic", _utilization),
+        'traffic': ('Memory traffic of a GPU', _traffic),
         'speedrun': ('Speedruns', _speedrun),
         'startup': ('From process start to the first training step', _startup),
         'overhead': ('Around the step', _overhead),
@@ -144,6 +145,21 @@ def _utilization(cases: dict[str, Any]) -> list[str]:
         "padding's zeros, which the usual count takes in (ResNet18 with the CIFAR stem: 15 % more), is not among them.",
         '',
         *markdown_table(head, rows),
+    ]
+
+
+def _traffic(cases: dict[str, Any]) -> list[str]:
+    columns = ('product_bytes', 'other_bytes', 'temporary_bytes')
+    rows = [
+        [name, str(entry['value']['kernels']), *(f'{entry["value"][column] / 1e9:.2f}' for column in columns)]
+        for name, entry in cases.items()
+    ]
+    return [
+        'By `python -m benchmarks.traffic`: a training step, compiled for an H100 and not run. Gigabytes are what its',
+        'kernels read and write, caches left out: convolutions and matrix products, and all others; and what the step',
+        'allocates.',
+        '',
+        *markdown_table(('', 'kernels', 'products, GB', 'others, GB', 'temporaries, GB'), rows),
     ]
 
 
