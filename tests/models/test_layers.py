@@ -17,76 +17,36 @@ POOLS = [
     ((9, 7), (3, 3), (2, 2), 'SAME'),
     ((9, 7), (3, 2), (2, 3), 'VALID'),
     ((9, 7), (2, 3), (2, 3), 'VALID'),
+    ((9, 8), (2, 2), (1, 1), 'VALID'),
+    ((9, 8), (5, 4), (2, 3), ((2, 0), (1, 3))),
+    ((16, 33), (16, 16), (16, 16), 'VALID'),
 ]
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
 @pytest.mark.parametrize('pool', POOLS, ids=str)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_max_pool_equals_flax(pool, dtype, platform):
-    size, window, strides, padding = pool
-    values = jax.random.permutation(jax.random.key(0), 256)  # without ties, exact in bfloat16
-    images = [jnp.roll(values, shift)[: size[0] * size[1]].reshape(size) for shift in range(12)]
-    x = (jnp.stack(images).reshape(4, 3, *size).transpose(0, 2, 3, 1) - 300).astype(dtype)  # below zero: padding loses
+@pytest.mark.parametrize('ties', [True, False])
+def test_max_pool_equals_flax(pool, dtype, ties):
+    size, *arguments = pool
+    shape = (4, *size, 3)
+    x = jax.random.randint(jax.random.key(0), shape, 0, 3) if ties else jax.random.normal(jax.random.key(0), shape)
+    x = x.astype(dtype) - 300 if ties else x.astype(dtype)  # below zero: padding loses
 
     def value_and_gradient(function):
-        y, backward = jax.vjp(lambda x: function(x, window, strides, padding), x)
+        y, backward = jax.vjp(lambda x: function(x, *arguments), x)
         return y, *backward(jnp.arange(y.size, dtype=dtype).reshape(y.shape) % 64)
 
-    with layers.traced_for(platform):
-        ours = value_and_gradient(layers.max_pool)
-    assert maximum_error(ours, value_and_gradient(nn.max_pool)) == 0
+    ours, flax = value_and_gradient(layers.max_pool), value_and_gradient(nn.max_pool)
+    assert ours[0].dtype == ours[1].dtype == dtype
+    assert maximum_error(ours[:1], flax[:1]) == 0
+    assert maximum_error(ours[1:], flax[1:]) < (1e-6 if dtype == jnp.float32 else 2e-2)  # of many windows, the order
 
 
-@pytest.mark.parametrize('pool', POOLS, ids=str)
-def test_on_a_cpu_max_pool_splits_the_gradient_of_ties_without_loss(pool):
-    size, window, strides, padding = pool
-    x = jnp.zeros((2, *size, 3))
-    y, backward = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
-    (dx,) = backward(jnp.ones_like(y))
-    assert dx.min() >= 0
-    assert np.asarray(dx).sum(dtype=np.float64) == pytest.approx(y.size)
-
-
-@pytest.mark.parametrize('pool', POOLS, ids=str)
-def test_elsewhere_max_pool_gives_the_gradient_of_ties_to_the_first_as_flax_does(pool):
-    size, *arguments = pool
-    x = jax.random.randint(jax.random.key(0), (5, *size, 3), 0, 3).astype(jnp.float32)
-
-    def gradient(function):
-        y, backward = jax.vjp(lambda x: function(x, *arguments), x)
-        return backward(jnp.arange(1.0, y.size + 1).reshape(y.shape))[0]
-
-    with layers.traced_for('gpu'):
-        ours = gradient(layers.max_pool)
-    np.testing.assert_array_equal(ours, gradient(nn.max_pool))
-
-
-@pytest.mark.parametrize('strides', [(2, 2), (1, 1)])
-def test_elsewhere_max_pool_is_the_one_of_flax(monkeypatch, strides):
-    x = jnp.ones((2, 8, 8, 3))
-    lower = lambda function: jax.jit(lambda x: function(x, (2, 2), strides)).lower(x).as_text()  # noqa: E731
-    flax = lambda *arguments: nn.max_pool(*arguments)  # noqa: E731
-    assert lower(layers.max_pool) != lower(flax)
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert lower(layers.max_pool) == lower(flax)
-
-
-def test_elsewhere_the_gradient_of_windows_side_by_side_is_not_scattered():
-    x = jnp.ones((2, 9, 9, 3))
-
-    def program(strides):
-        return jax.jit(jax.grad(lambda x: layers.max_pool(x, (2, 2), strides).sum())).lower(x).as_text()
-
-    with layers.traced_for('gpu'):
-        assert 'select_and_scatter' not in program((2, 2)) and 'select_and_scatter' in program((1, 1))
-
-
-def test_elsewhere_the_gradient_of_windows_side_by_side_takes_of_the_input_the_shape_alone():
-    x, g = jnp.ones((2, 9, 9, 3)), jnp.ones((2, 4, 4, 3))
-    _, (winner, _) = layers.max_pool_and_winners(x, (2, 2))
+def test_the_gradient_of_max_pool_takes_of_the_input_the_shape_alone():
+    x, g, where = jnp.ones((2, 9, 9, 3)), jnp.ones((2, 4, 4, 3)), ((2, 2), (2, 2), ((0, 0), (0, 0)))
+    _, (winner, _) = layers.max_pool_and_winners(x, *where)
     assert winner.shape == g.shape and winner.dtype == jnp.uint8
-    program = jax.make_jaxpr(lambda x: layers.max_pool_blocks_gradient((2, 2), (winner, x), g))(x).jaxpr
+    program = jax.make_jaxpr(lambda x: layers.max_pool_gradient(*where, (winner, x), g)[0])(x).jaxpr
     assert not any(program.invars[0] is variable for equation in program.eqns for variable in equation.invars)
 
 
