@@ -496,7 +496,7 @@ def test_no_network(tmp_path, monkeypatch, network):
         if network != 'refuses':
             listener.listen()
         if network == 'knows no name':  # nor gives up looking
-            monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: time.sleep(30))
+            monkeypatch.setattr(socket, 'getaddrinfo', look_up_in_vain)
         if network in ('breaks off', 'stalls'):
             seconds = 10 if network == 'stalls' else 0
             threading.Thread(target=answer_partly, args=(listener, seconds), daemon=True).start()
@@ -507,6 +507,11 @@ def test_no_network(tmp_path, monkeypatch, network):
     assert str(tmp_path / 'data') in message and '--config.dataset=digits' in message
     assert 'python -m flax_dlvc.data --dataset cifar10 --archive PATH' in message
     assert list((tmp_path / 'data').iterdir()) == []
+
+
+def look_up_in_vain(*_, **__):
+    time.sleep(30)
+    raise socket.gaierror('no such name')
 
 
 def answer_partly(listener, seconds):
