@@ -37,22 +37,28 @@ class Case:
         return f'{self.model}, batch {self.batch_size}, {self.dtype}'
 
 
-def synthetic_split() -> tuple[np.ndarray, np.ndarray]:
+def synthetic_split(size: int = IMAGES) -> tuple[np.ndarray, np.ndarray]:
     """Random images (N, 32, 32, 3) uint8 and labels (N,) int32; speed does not depend on what they show."""
     generator = np.random.default_rng(0)
-    return generator.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8), generator.integers(0, 10, IMAGES, np.int32)
+    return generator.integers(0, 256, (size, 32, 32, 3), np.uint8), generator.integers(0, 10, size, np.int32)
+
+
+def synthetic_dataset(size: int = IMAGES) -> Any:
+    """A `Dataset` whose splits are all the synthetic one."""
+    from flax_dlvc import data
+
+    split = data.Split(*synthetic_split(size))
+    names = tuple(map(str, range(10)))
+    return data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)
 
 
 def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
     """A `Setup` on the synthetic split and the first devices."""
-    from flax_dlvc import data, runtime, setup, steps
+    from flax_dlvc import runtime, setup, steps
 
     runtime.spread_convolutions()
     runtime.keep_freed_memory(num_devices)
-    split = data.Split(*synthetic_split())
-    names = tuple(map(str, range(10)))
-    dataset = data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)
-    return setup.Setup(config, dataset, steps.run_devices(num_devices))
+    return setup.Setup(config, synthetic_dataset(), steps.run_devices(num_devices))
 
 
 def ours(case: Case, cache: str, connection: Connection) -> None:

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks.results import Results
-from flax_dlvc import data
+from benchmarks.throughput import synthetic_dataset
 from flax_dlvc.config import parse_command_line
 from flax_dlvc.errors import ConfigError, run_command
 from flax_dlvc.setup import Setup
@@ -56,7 +56,7 @@ NO_KERNEL = ('bitcast', 'constant', 'get-tuple-element', 'parameter', 'tuple')
 
 
 def compile_step(config: ConfigDict) -> Any:
-    """The training step of a config, compiled for one H100 and images like CIFAR-10's.
+    """The training step of a config, compiled for one H100 and for images like CIFAR-10's.
 
     Raises:
         ConfigError: JAX is installed without CUDA.
@@ -71,19 +71,15 @@ def compile_step(config: ConfigDict) -> Any:
         devices = topologies.get_topology_desc(platform='cuda', target_config=H100, topology='1x1x1').devices
     except NotImplementedError as error:
         raise ConfigError("no compiler for GPUs: pip install 'jax[cuda12]'") from error
-    images = np.zeros((config.batch_size, 32, 32, 3), np.uint8)
-    split = data.Split(images, np.zeros(len(images), np.int32))
-    names = tuple(map(str, range(10)))
-    dataset = data.Dataset('synthetic', names, data.CIFAR10_MEAN, data.CIFAR10_STD, split, split, split)
-    setup = Setup(config, dataset, list(devices))
-    arrays = (
-        jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=setup.replicated) for array in (images, split.labels)
+    setup = Setup(config, synthetic_dataset(config.batch_size), list(devices))
+    images, labels = (
+        jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=setup.replicated)
+        for array in (setup.dataset.train.images, setup.dataset.train.labels)
     )
+    indices = np.zeros((1, STEPS, config.batch_size), np.int32)
     with traced_for('cuda'):
         step = setup.train_step
-        lowered = step.func.lower(
-            *step.args, setup.abstract_state, *arrays, np.zeros((1, STEPS, len(images)), np.int32)
-        )
+        lowered = step.func.lower(*step.args, setup.abstract_state, images, labels, indices)
         # Kernels by Triton are chosen by timing them.
         return lowered.compile({'xla_gpu_enable_triton_gemm': False})
 

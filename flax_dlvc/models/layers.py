@@ -115,7 +115,7 @@ def max_pool_gradient(
 
 
 def window_over(pooled: jax.Array, size: Sequence[int], strides: Pair, pads: Pads, back: Sequence[int]) -> jax.Array:
-    """For each pixel (B, *size, C) what is pooled in the last window over it, or `back` windows before; else 0."""
+    """For each pixel of a map of `size` what is pooled in the last window over it, or `back` windows before; else 0."""
     for axis, length, stride, (pad, _), away in zip((1, 2), size, strides, pads, back, strict=True):
         num_windows = -(-(pad + length) // stride)
         edges = [(0, 0, 0)] * 4
