@@ -25,13 +25,11 @@ POOLS = [
 
 @pytest.mark.parametrize('pool', POOLS, ids=str)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('ties', [True, False])
-def test_max_pool_equals_flax(pool, dtype, ties):
+def test_max_pool_equals_flax_also_where_values_tie(pool, dtype):
     size, *arguments = pool
-    shape = (4, *size, 3)
-    x = jax.random.randint(jax.random.key(0), shape, 0, 3) if ties else jax.random.normal(jax.random.key(0), shape)
-    x = x.astype(dtype) - 300 if ties else x.astype(dtype)  # below zero: padding loses
+    x = jax.random.randint(jax.random.key(0), (4, *size, 3), -300, -296).astype(dtype)  # below zero: padding loses
 
+    @partial(jax.jit, static_argnums=0)
     def value_and_gradient(function):
         y, backward = jax.vjp(lambda x: function(x, *arguments), x)
         return y, *backward(jnp.arange(y.size, dtype=dtype).reshape(y.shape) % 64)
