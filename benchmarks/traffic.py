@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from benchmarks.results import Results
 from benchmarks.throughput import synthetic_dataset
 from flax_dlvc.config import parse_command_line
 from flax_dlvc.errors import ConfigError, run_command
+from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
 
 # Of CUDA's device properties what XLA asks for (its `GpuTargetConfigProto`).
@@ -61,27 +63,15 @@ def compile_step(config: ConfigDict) -> Any:
     Raises:
         ConfigError: JAX is installed without CUDA.
     """
-    import jax
-    from jax.experimental import topologies
-
-    from flax_dlvc.models.layers import traced_for
-
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')  # which asks the driver
     try:
         devices = topologies.get_topology_desc(platform='cuda', target_config=H100, topology='1x1x1').devices
     except NotImplementedError as error:
         raise ConfigError("no compiler for GPUs: pip install 'jax[cuda12]'") from error
     setup = Setup(config, synthetic_dataset(config.batch_size), list(devices))
-    images, labels = (
-        jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=setup.replicated)
-        for array in (setup.dataset.train.images, setup.dataset.train.labels)
-    )
-    indices = np.zeros((1, STEPS, config.batch_size), np.int32)
     with traced_for('cuda'):
-        step = setup.train_step
-        lowered = step.func.lower(*step.args, setup.abstract_state, images, labels, indices)
-        # Kernels by Triton are chosen by timing them.
-        return lowered.compile({'xla_gpu_enable_triton_gemm': False})
+        lowered = setup.lower_train_step(np.zeros((1, STEPS, config.batch_size), np.int32))
+    return lowered.compile({'xla_gpu_enable_triton_gemm': False})  # kernels by Triton are chosen by timing them
 
 
 def count(program: str) -> dict[str, int]:

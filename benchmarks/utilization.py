@@ -26,14 +26,13 @@ def count_flops(setup: Any) -> tuple[float, float]:
     from flax_dlvc.models.layers import traced_for
 
     setup = dataclasses.replace(setup, devices=jax.devices('cpu')[:1])
-    split, state = setup.place(setup.dataset.test), setup.abstract_state
-    sums = setup.empty_sums(EvaluationSums)
+    split, sums = setup.place(setup.dataset.test), setup.empty_sums(EvaluationSums)
     batch, test_batch = (
         np.zeros((1, 1, size), np.int32) for size in (setup.config.batch_size, setup.config.evaluation_batch_size)
     )
     with traced_for('gpu'):
-        train = setup.train_step.func.lower(*setup.train_step.args, state, *split, batch)
-        test = setup.evaluation_step.lower(state.variables, sums, *split, test_batch)
+        train = setup.lower_train_step(batch)
+        test = setup.evaluation_step.lower(setup.abstract_state.variables, sums, *split, test_batch)
     return train.cost_analysis()['flops'], test.cost_analysis()['flops']
 
 

@@ -143,20 +143,22 @@ class Setup:
         if jax.process_count() > 1:
             yield
             return
-        images, labels = (
-            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated_here)
-            for array in (self.dataset.train.images, self.dataset.train.labels)
-        )
         with ThreadPoolExecutor(2) as threads:
             initialization = self._create_state.lower(self._seed, self._example_images)
             compiled = [threads.submit(initialization.compile)]
-            indices = self.training_calls(1)[0]
-            train_step = self._train_step.lower(*self._of_the_run, self.abstract_state, images, labels, indices)
-            compiled.append(threads.submit(train_step.compile))
+            compiled.append(threads.submit(self.lower_train_step(self.training_calls(1)[0]).compile))
             yield
             with timed('compile'):
                 for each in compiled:
                     each.result()
+
+    def lower_train_step(self, indices: np.ndarray) -> jax.stages.Lowered:
+        """The training step as it is lowered for the training split and a call's indices (D, S, B); places nothing."""
+        images, labels = (
+            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated_here)
+            for array in (self.dataset.train.images, self.dataset.train.labels)
+        )
+        return self._train_step.lower(*self._of_the_run, self.abstract_state, images, labels, indices)
 
     @cached_property
     def abstract_state(self) -> steps.TrainState:
