@@ -1,8 +1,10 @@
 """Where a model looked: attention rollout for the ViT, Grad-CAM for the convolutional networks.
 
-Shapes: B batch, H height, W width, C channels, K classes, L layers, A heads, N tokens, P patch size.
+Shapes: B batch, H height, W width, C channels, K classes, L layers, A heads, N tokens, Q queries, P patch size.
 """
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
     ]
     if weights:
         rows = images.shape[1] // model.patch_size
-        heat = attention_rollout(jnp.stack(weights))[:, 0, 1:].reshape(len(images), rows, -1)
+        heat = attention_rollout(weights)[:, 0, 1:].reshape(len(images), rows, -1)
     else:
         maps = {name: sown[0] for name, sown in intermediates.items() if name.startswith('map_')}
         large = [name for name in sorted(maps) if min(maps[name].shape[1:3]) >= SMALLEST_MAP]
@@ -49,22 +51,23 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
     return heat / jnp.maximum(heat.max(axis=(1, 2), keepdims=True), jnp.finfo(heat.dtype).tiny)
 
 
-def attention_rollout(weights: jax.Array) -> jax.Array:
+def attention_rollout(weights: Sequence[jax.Array]) -> jax.Array:
     """How much of each token at the start reaches each token at the end (Abnar and Zuidema 2020, arXiv:2005.00928).
 
     Attention is averaged over the heads; half of each token passes by on the residual connection; the layers multiply.
 
     Args:
-        weights: attention weights (L, B, A, N, N), a row per query, each row's sum 1.
+        weights: for each of L layers attention weights (B, A, Q, N), a row per query, each row's sum 1. The queries are
+            those of the first Q tokens; Q is N in all layers but the last.
 
     Returns:
-        (B, N, N), a row per token at the end, each row's sum 1.
+        (B, Q, N), a row per token at the end, each row's sum 1.
     """
-    mixing = (weights.astype(jnp.float32).mean(axis=2) + jnp.eye(weights.shape[-1])) / 2  # (L, B, N, N)
-    rollout = mixing[0]
-    for layer in mixing[1:]:
-        rollout = layer @ rollout
-    return rollout
+    first, *others = (
+        (layer.astype(jnp.float32).mean(axis=1) + jnp.eye(*layer.shape[-2:])) / 2  # (B, Q, N)
+        for layer in weights
+    )
+    return functools.reduce(lambda rollout, layer: layer @ rollout, others, first)
 
 
 def grad_cam(

@@ -29,6 +29,8 @@ def test_rollout_of_known_attention():
     rollout = attention_rollout(jnp.asarray(weights))
     np.testing.assert_allclose(rollout[0], expected, atol=1e-6)
     np.testing.assert_allclose(rollout[0, 0], [0.25, 0.125, 0.625], atol=1e-6)
+    of_one_token = attention_rollout([jnp.asarray(weights[0]), jnp.asarray(weights[1, :, :, :1])])
+    np.testing.assert_array_equal(of_one_token, rollout[:, :1])
 
 
 def test_rollout_averages_heads_and_keeps_rows_summing_to_one():
@@ -85,7 +87,7 @@ def test_layers_count_in_their_order():
     variables = initialize(model)
     _, captured = model.apply(variables, IMAGES, train=False, mutable=['intermediates'])
     layers = [captured['intermediates'][f'transformer_{n}']['attn']['attention_weights'][0] for n in range(11)]
-    expected = attention_rollout(jnp.stack(layers))[:, 0, 1:].reshape(2, 2, 2)
+    expected = attention_rollout(layers)[:, 0, 1:].reshape(2, 2, 2)
     heat = explain(model, variables, jnp.asarray(IMAGES), jnp.array([0, 0]))
     np.testing.assert_allclose(heat, expected / expected.max(axis=(1, 2), keepdims=True), rtol=1e-4)
 

@@ -1,6 +1,6 @@
 """The report's vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929; layout of the UvA tutorial 15).
 
-Shapes: B batch, H height, W width, C channels, P patch size, N tokens, D embedding, F hidden features, A heads.
+Shapes: B batch, H height, W width, C channels, P patch size, N tokens, Q queries, D embedding, F hidden, A heads.
 """
 
 from functools import partial
@@ -27,10 +27,11 @@ class SelfAttention(nn.Module):
     num_heads: int
     dropout_rate: float
     dtype: jnp.dtype
+    num_queries: int | None = None  # Q: so many tokens, from the first on, look at all N; None: all do
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps tokens (B, N, D) to tokens (B, N, D)."""
+        """Maps tokens (B, N, D) to tokens (B, Q, D)."""
         batch, tokens, embed_dim = x.shape
         head_dim = embed_dim // self.num_heads
         # PyTorch initialises the joint projection as one (3D, D) matrix and both biases with zeros.
@@ -40,11 +41,11 @@ class SelfAttention(nn.Module):
         )
         dropout = Dropout(self.dropout_rate)
 
-        def on_weights(weights: jax.Array) -> jax.Array:  # (B, A, N, N)
+        def on_weights(weights: jax.Array) -> jax.Array:  # (B, A, Q, N)
             self.sow('intermediates', 'attention_weights', weights)
             return dropout(weights, deterministic=not train)
 
-        x = attention(query, key, value, on_weights).reshape(batch, tokens, embed_dim)
+        x = attention(query[:, : self.num_queries], key, value, on_weights).reshape(batch, -1, embed_dim)
         return nn.Dense(embed_dim, dtype=self.dtype, name='out_proj')(x)
 
 
@@ -56,14 +57,16 @@ class Block(nn.Module):
     dropout_rate: float
     dtype: jnp.dtype
     stochastic_depth_rate: float = 0.0
+    num_outputs: int | None = None  # Q: of so many tokens, from the first on, the result is wanted; None: of all
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps tokens (B, N, D) to tokens (B, N, D)."""
+        """Maps tokens (B, N, D) to tokens (B, Q, D)."""
         embed_dim = x.shape[-1]
         sometimes = partial(StochasticDepth(self.stochastic_depth_rate), deterministic=not train)
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_1')(x)
-        x = x + sometimes(SelfAttention(self.num_heads, self.dropout_rate, self.dtype, name='attn')(y, train=train))
+        attend = SelfAttention(self.num_heads, self.dropout_rate, self.dtype, self.num_outputs, name='attn')
+        x = x[:, : self.num_outputs] + sometimes(attend(y, train=train))
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_2')(x)
         y = gelu(nn.Dense(self.hidden_dim, dtype=self.dtype, name='linear_0')(y))
         y = Dropout(self.dropout_rate)(y, deterministic=not train)
@@ -105,9 +108,16 @@ class ViT(nn.Module):
         x = jnp.concatenate([cls_tokens, x], axis=1) + positions  # (B, N, D)
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         for layer in range(self.num_layers):
-            drop = self.stochastic_depth_rate * layer / max(1, self.num_layers - 1)
-            name = f'transformer_{layer}'
-            block = Block(self.hidden_dim, self.num_heads, self.dropout_rate, self.dtype, drop, name=name)
+            block = Block(
+                self.hidden_dim,
+                self.num_heads,
+                self.dropout_rate,
+                self.dtype,
+                stochastic_depth_rate=self.stochastic_depth_rate * layer / max(1, self.num_layers - 1),
+                # Nothing reads the last block's patches: without them a step has a ninth less to compute.
+                num_outputs=1 if layer == self.num_layers - 1 else None,
+                name=f'transformer_{layer}',
+            )
             x = block(x, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='mlp_head_0')(x[:, 0])
         if train:  # for the gradient of the next kernel XLA would turn all tokens' maps round, batch last, on a GPU

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from conftest import maximum_error
 
 from flax_dlvc.models import ViT, create_model
 from flax_dlvc.models.vit import Block, SelfAttention, image_to_patches
@@ -145,6 +146,31 @@ def test_a_block_is_numpys():
     variables = fill(shapes_of(model, x))
     expected = block(jax.tree.map(np.float64, variables['params']), x.astype(np.float64), 3)
     np.testing.assert_allclose(apply(model, variables, x), expected, atol=1e-5)
+
+
+def test_tokens_that_are_not_wanted_change_nothing_for_the_others():
+    """Results and gradients of the first two of seven tokens, asked for alone and taken from all."""
+    x = np.random.default_rng(0).normal(size=(2, 7, 12)).astype(np.float32)
+    whole, part = (Block(20, 3, dropout_rate=0.0, dtype=jnp.float32, num_outputs=wanted) for wanted in (None, 2))
+    variables = fill(shapes_of(whole, x))
+    assert jax.tree.map(jnp.shape, shapes_of(part, x)) == jax.tree.map(jnp.shape, variables)
+
+    def loss(model, variables, x):
+        y = model.apply(variables, x, train=True)[:, :2]
+        return (y * y).sum(), y
+
+    differentiated = (jax.jit(jax.grad(partial(loss, model), (0, 1), has_aux=True)) for model in (whole, part))
+    expected, result = (gradient(variables, x) for gradient in differentiated)
+    assert result[1].shape == (2, 2, 12)
+    assert maximum_error(result, expected) < 1e-5
+
+
+def test_of_the_last_block_the_class_token_alone_is_computed(variables):
+    _, captured = ViT(**SMALL).apply(variables, IMAGES, train=False, mutable=['intermediates'])
+    shapes = [
+        captured['intermediates'][f'transformer_{layer}']['attn']['attention_weights'][0].shape for layer in range(2)
+    ]
+    assert shapes == [(2, 3, 7, 7), (2, 3, 1, 7)]
 
 
 def test_logits_are_numpys(variables):
