@@ -94,7 +94,8 @@ def _throughput(cases: dict[str, Any]) -> list[str]:
         'its fused one). PyTorch computes in bfloat16 by autocast. Each turn has new processes: by luck, some of',
         'PyTorch give memory back to the kernel in every step and some do not (figures in LOG.md). `best` is the',
         'better of eager and channels-last within each turn. What limits ours on a CPU: convolutions, that of few',
-        'input channels most, and products of bfloat16. Of the memory a good part is free, and kept: returning it',
+        'input channels most, and products of bfloat16. PyTorch computes all tokens in the last block of the ViT, as',
+        'the tutorial does, ours the one that is read. Of the memory a good part is free, and kept: returning it',
         'costs time.',
     ]
     for phase, title in (('train', 'Training step'), ('evaluate', 'Evaluation step')):
