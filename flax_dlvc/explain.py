@@ -63,11 +63,11 @@ def attention_rollout(weights: Sequence[jax.Array]) -> jax.Array:
     Returns:
         (B, Q, N), a row per token at the end, each row's sum 1.
     """
-    first, *others = (
-        (layer.astype(jnp.float32).mean(axis=1) + jnp.eye(*layer.shape[-2:])) / 2  # (B, Q, N)
+    mixing = (
+        (layer.astype(jnp.float32).mean(axis=1) + jnp.eye(layer.shape[-2], layer.shape[-1])) / 2  # (B, Q, N)
         for layer in weights
     )
-    return functools.reduce(lambda rollout, layer: layer @ rollout, others, first)
+    return functools.reduce(lambda rollout, layer: layer @ rollout, mixing)
 
 
 def grad_cam(
