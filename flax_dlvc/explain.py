@@ -58,7 +58,7 @@ def attention_rollout(weights: Sequence[jax.Array]) -> jax.Array:
 
     Args:
         weights: for each of L layers attention weights (B, A, Q, N), a row per query, each row's sum 1. The queries are
-            those of the first Q tokens; Q is N in all layers but the last.
+            those of the first Q tokens; in the last layer alone Q may be less than N.
 
     Returns:
         (B, Q, N), a row per token at the end, each row's sum 1.

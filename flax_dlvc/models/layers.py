@@ -281,7 +281,9 @@ def gelu(x: jax.Array) -> jax.Array:
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights
 ) -> jax.Array:
-    """Attention of queries, keys and values (B, tokens, heads, features of a head); `dropout` acts on the weights.
+    """Attention (B, queries, heads, features of a head), where keys and values are (B, tokens, heads, features).
+
+    `dropout` acts on the weights (B, heads, queries, tokens), each row's sum 1.
 
     Heads go before tokens first, so that all products are batched ones without further copies: 1.2x on a CPU.
     """
