@@ -94,10 +94,10 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
 
     TrivialAugment in its 'wide' space: Müller & Hutter 2021, arXiv:2103.10158.
     """
-    operation_key, strength_key, sign_key = jax.random.split(key, 3)
-    operation = jax.random.randint(operation_key, (), 0, NUM_OPERATIONS)
-    strength = jax.random.randint(strength_key, (), 0, NUM_STRENGTHS)
-    sign = jax.random.rademacher(sign_key, (), jnp.int32)
+    which, how_much, way = jax.random.uniform(key, (3,))
+    operation = (which * NUM_OPERATIONS).astype(jnp.int32)
+    strength = (how_much * NUM_STRENGTHS).astype(jnp.int32)
+    sign = jnp.where(way < 0.5, 1, -1)
     return apply_operation(jnp.round(image * 255), operation, strength, sign) / 255
 
 
@@ -303,10 +303,11 @@ def sample_crop(
     Returns:
         top, left, crop height and crop width: int32 scalars, in pixels.
     """
-    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    area = height * width * jax.random.uniform(area_key, (CROP_TRIES,), minval=scale[0], maxval=scale[1])
-    log_ratio = jax.random.uniform(ratio_key, (CROP_TRIES,), minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1]))
-    aspect = jnp.exp(log_ratio)
+    # One draw for all: every call of jax.random compiles to a generator of its own, a tenth of a second each.
+    draws = jax.random.uniform(key, (2 * CROP_TRIES + 2,))
+    areas, ratios, (down, right) = jnp.split(draws, (CROP_TRIES, 2 * CROP_TRIES))
+    area = height * width * (scale[0] + areas * (scale[1] - scale[0]))
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** ratios
     widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
@@ -318,8 +319,8 @@ def sample_crop(
     found, first = fits.any(), fits.argmax()
     crop_height = jnp.where(found, heights[first], fallback_height)
     crop_width = jnp.where(found, widths[first], fallback_width)
-    top = jax.random.randint(top_key, (), 0, height - crop_height + 1)
-    left = jax.random.randint(left_key, (), 0, width - crop_width + 1)
+    top = (down * (height - crop_height + 1)).astype(jnp.int32)
+    left = (right * (width - crop_width + 1)).astype(jnp.int32)
     top = jnp.where(found, top, (height - fallback_height) // 2)
     left = jnp.where(found, left, (width - fallback_width) // 2)
     return top, left, crop_height, crop_width
