@@ -222,13 +222,30 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32'])
 def test_the_fingerprint_changes_with_any_word(dtype):
     leaf = jax.numpy.arange(64).astype(dtype)
-    (before,), finite = inspect([leaf, jax.numpy.ones(1)])[0][:1], inspect([leaf, jax.numpy.ones(1)])[1]
+    (before, _), finite = inspect([leaf, jax.numpy.ones(1)])
     assert finite
     for index in range(64):
-        (after,) = inspect([leaf.at[index].add(1), jax.numpy.ones(1)])[0][:1]
+        (after, _), _ = inspect([leaf.at[index].add(1), jax.numpy.ones(1)])
         assert after != before
-    (swapped,) = inspect([leaf[::-1], jax.numpy.ones(1)])[0][:1]
+    (swapped, _), _ = inspect([leaf[::-1], jax.numpy.ones(1)])
     assert swapped != before
+
+
+@pytest.mark.parametrize('number', [1.0, np.nan, np.inf])
+def test_an_accelerator_computes_the_fingerprints_of_a_cpu(monkeypatch, number):
+    generator = np.random.default_rng(0)
+    tree = {
+        'float32': jax.numpy.asarray(generator.normal(size=(3, 3, 64, 64)), 'float32'),
+        'bfloat16': jax.numpy.asarray(generator.normal(size=(300, 5)), 'bfloat16').at[0, 0].set(number),
+        'int32': jax.numpy.int32(-(2**31)),
+        'uint32': jax.numpy.asarray(generator.integers(2**32, size=70_000, dtype=np.uint32)),
+    }
+    on_a_cpu = inspect(tree)
+    words = np.asarray(tree['uint32']).tolist()
+    assert on_a_cpu[0][-1] == sum(word * (place * 0x9E3779B2 + 1) for place, word in enumerate(words)) % 2**32
+    assert on_a_cpu[1] == np.isfinite(number)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert inspect(tree) == on_a_cpu
 
 
 def test_a_package_that_is_run_uninstalled_has_no_version(monkeypatch):
