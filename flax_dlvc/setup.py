@@ -80,8 +80,8 @@ class Setup:
 
     @cached_property
     def schedule(self) -> optax.Schedule:
-        """Learning rate by step."""
-        return optim.make_schedule(self.config, self.steps_per_epoch, self.config.learning_rate)
+        """Learning rate by step; compiled as a whole, as what is small takes longer to compile than to compute."""
+        return jax.jit(optim.make_schedule(self.config, self.steps_per_epoch, self.config.learning_rate))
 
     @property
     def train_step(self) -> partial[tuple[steps.TrainState, Sums]]:
@@ -163,8 +163,7 @@ class Setup:
     @cached_property
     def abstract_state(self) -> steps.TrainState:
         """Shapes, dtypes and placement of a training state, without its values; what a checkpoint is restored to."""
-        shapes = jax.eval_shape(self._initialize, self._seed, self._example_images)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated), shapes)
+        return self._create_state.trace(self._seed, self._example_images).out_info  # the trace that is compiled later
 
     @property
     def _of_the_run(self) -> tuple[np.uint32, np.float32]:
