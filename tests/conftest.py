@@ -58,9 +58,17 @@ SMALL_VIT = {
 }
 
 
+# What takes a minute or more, the longest first: a worker that got one of them last would leave the other idle.
+LONG_FILES = (
+    'test_distributed', 'test_kills', 'test_loop', 'test_main', 'test_study', 'test_benchmarks', 'test_signals',
+    'test_storage', 'test_convolution', 'test_docs',
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests kill and join processes first: no worker shall be left with one of them at the end."""
-    items.sort(key=lambda item: item.path.parent.name != 'torture' and item.path.name != 'test_distributed.py')
+    """Files that take long come first."""
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG_FILES)))
 
 
 def make_config(**fields: Any) -> ConfigDict:
