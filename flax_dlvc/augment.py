@@ -246,7 +246,7 @@ def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, j
     Returns:
         The images and each one's own share (B,), drawn from Beta(alpha, alpha); the rest is its predecessor's.
     """
-    share = jax.random.beta(key, alpha, alpha, images.shape[:1])
+    share = symmetric_beta(key, alpha, images.shape[:1])
     weight = share[:, None, None, None]
     return weight * images + (1 - weight) * jnp.roll(images, 1, axis=0), share
 
@@ -262,13 +262,25 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, 
     """
     batch, height, width, _ = images.shape
     area_key, centre_key = jax.random.split(key)
-    side = jnp.sqrt(1 - jax.random.beta(area_key, alpha, alpha, (batch, 1)))
+    side = jnp.sqrt(1 - symmetric_beta(area_key, alpha, (batch, 1)))
     centres = jax.random.uniform(centre_key, (batch, 2, 1))
     rows = jnp.abs(jnp.arange(height) + 0.5 - centres[:, 0] * height) < side * height / 2  # (B, H)
     columns = jnp.abs(jnp.arange(width) + 0.5 - centres[:, 1] * width) < side * width / 2
     inside = rows[:, :, None] & columns[:, None, :]
     mixed = jnp.where(inside[..., None], jnp.roll(images, 1, axis=0), images)
     return mixed, 1 - inside.mean(axis=(1, 2), dtype=jnp.float32)
+
+
+def symmetric_beta(key: jax.Array, alpha: float, shape: Sequence[int]) -> jax.Array:
+    """Draws float32 numbers of a shape from Beta(alpha, alpha), to within 2^-25.
+
+    By a formula of two uniform numbers (Devroye 1996, 'Random variate generation in one line of code');
+    `jax.random.beta` rejects and draws again, in loops, until the last number of a batch has been accepted.
+    """
+    radius, turn = jax.random.uniform(key, (2, *shape))
+    square = ((1 - radius) ** (-1 / alpha) - 1) * jnp.cos(2 * jnp.pi * turn) ** 2
+    distance = 0.5 / jnp.sqrt(1 + 1 / square)
+    return jnp.where(turn < 0.5, 0.5 - distance, 0.5 + distance)
 
 
 def random_resized_crop(

@@ -26,6 +26,7 @@ from flax_dlvc.augment import (
     random_translate,
     resize_weights,
     sample_crop,
+    symmetric_beta,
     trivial_augment,
 )
 
@@ -354,6 +355,14 @@ def test_six_views_are_airbenchs():
     views, weights = evaluation_views(images, 'none')
     np.testing.assert_array_equal(views[0], images)
     assert weights.tolist() == [1]
+
+
+@pytest.mark.parametrize('alpha', [0.1, 0.5, 1.0, 5.0])
+def test_symmetric_beta_has_the_distribution_of_numpys(alpha):
+    drawn = jax.jit(symmetric_beta, static_argnums=(1, 2))(jax.random.key(0), alpha, (2, KEYS // 2))
+    assert drawn.shape == (2, KEYS // 2) and drawn.dtype == np.float32
+    expected = np.random.default_rng(0).beta(alpha, alpha, KEYS)
+    assert_same_distribution(np.round(np.ravel(drawn), 6), np.round(expected, 6))  # next to 0 and 1 float32 is coarse
 
 
 def test_mixup_blends_with_the_image_before():
