@@ -80,7 +80,7 @@ class Setup:
 
     @cached_property
     def schedule(self) -> optax.Schedule:
-        """Learning rate by step; compiled as a whole, as what is small takes longer to compile than to compute."""
+        """Learning rate by step, one program: what is small takes longer to compile than to compute."""
         return jax.jit(optim.make_schedule(self.config, self.steps_per_epoch, self.config.learning_rate))
 
     @property
