@@ -17,13 +17,16 @@ import numpy as np
 
 from benchmarks.throughput import Contender, serve
 
-# Prints when the first training step begins and when it is complete, and leaves; begins as the command does.
+# Prints when all is imported, when the first training step begins and when it is complete, and leaves; begins as the
+# command does.
 _FIRST_STEP = """
 import os, time
 from flax_dlvc import errors, main
 def until_the_first_step(argv):
     import jax
+    from flax_dlvc import loop
     from flax_dlvc.setup import Setup
+    print(time.time())
     train_step = Setup.train_step.fget
     def first_step(setup):
         def step(*arguments):
@@ -79,34 +82,32 @@ def start_up(model: str, changes: dict[str, Any], *, rounds: int) -> dict[str, l
 
     Returns:
         In each round: `cold` without and `warm` with compiled programs in the cache (decoded images are there in
-        both), of it `cold step` and `warm step`, the step itself; `imports` (a process that only imports what a run
-        imports) and `compile` (of the training step alone).
+        both), of them `cold imports` and `warm imports`, until all is imported, and `cold step` and `warm step`, the
+        step itself; `compile` (of the training step alone).
     """
     flags = main_flags(model, changes)
-    _spent([sys.executable, '-c', _COMPILE, *flags], {})  # decodes the images, once
-    names = ('cold', 'cold step', 'warm', 'warm step', 'imports', 'compile')
+    _output([sys.executable, '-c', _COMPILE, *flags], {})  # decodes the images, once
+    names = (*(f'{kind}{part}' for kind in ('cold', 'warm') for part in ('', ' imports', ' step')), 'compile')
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as directory:
             cache = {'JAX_COMPILATION_CACHE_DIR': f'{directory}/compiled'}
             for kind in ('cold', 'warm'):
                 started = time.time()
-                output, _ = _spent([sys.executable, '-c', _FIRST_STEP, *flags, f'--workdir={directory}/{kind}'], cache)
-                begun, ended = map(float, output.split()[-2:])
-                seconds[kind].append(ended - started)
-                seconds[f'{kind} step'].append(ended - begun)
+                output = _output([sys.executable, '-c', _FIRST_STEP, *flags, f'--workdir={directory}/{kind}'], cache)
+                imported, *_, begun, ended = output.split()
+                seconds[kind].append(float(ended) - started)
+                seconds[f'{kind} imports'].append(float(imported) - started)
+                seconds[f'{kind} step'].append(float(ended) - float(begun))
         with tempfile.TemporaryDirectory() as directory:
             cache = {'JAX_COMPILATION_CACHE_DIR': directory}
-            seconds['imports'].append(_spent([sys.executable, '-c', 'import flax_dlvc.loop'], cache)[1])
-            seconds['compile'].append(float(_spent([sys.executable, '-c', _COMPILE, *flags], cache)[0].split()[-1]))
+            seconds['compile'].append(float(_output([sys.executable, '-c', _COMPILE, *flags], cache).split()[-1]))
     return seconds
 
 
-def _spent(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
-    """What a process prints and the seconds it takes."""
-    start = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout, time.perf_counter() - start
+def _output(command: list[str], environment: dict[str, str]) -> str:
+    """What a process prints."""
+    return subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def bare(model: str, changes: dict[str, Any], connection: Any) -> None:

@@ -195,9 +195,9 @@ def _startup(cases: dict[str, Any]) -> list[str]:
     rows = []
     for model, entry in cases.items():
         value = entry['value']
-        least = [a + b for a, b in zip(value['imports'], value['compile'], strict=True)]
+        least = [a + b for a, b in zip(value['cold imports'], value['compile'], strict=True)]
         begun = [cold - step for cold, step in zip(value['cold'], value['cold step'], strict=True)]
-        columns = [value[name] for name in ('cold', 'cold step', 'imports', 'compile')]
+        columns = [value[name] for name in ('cold', 'cold step', 'cold imports', 'compile')]
         columns += [[a / b for a, b in zip(seconds, least, strict=True)] for seconds in (begun, value['cold'])]
         rows.append([model, *map(_spread, (*columns, value['warm']))])
     head = ('seconds', 'cold', 'its step', 'imports', 'compiling', 'until its step / least', 'cold / least', 'warm')
