@@ -38,8 +38,8 @@ def train_and_test(setup: Setup, num_epochs: int) -> tuple[float, float]:
     for epoch in range(1, num_epochs + 1):
         for indices in setup.training_calls(epoch):
             state, _ = setup.train_step(state, *train_split, indices)
-    accuracy = evaluate(setup, state.variables, test_split)['accuracy']
-    return accuracy, time.perf_counter() - start
+    metrics, _ = evaluate(setup, state.variables, test_split)
+    return metrics['accuracy'], time.perf_counter() - start
 
 
 def peer(script: Path, dataset: data.Dataset, connection: Connection) -> None:

@@ -67,7 +67,6 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
     import jax.numpy as jnp
 
     from flax_dlvc import runtime
-    from flax_dlvc.metrics import EvaluationSums
 
     runtime.keep_compiled_programs(Path(cache))
     jax.config.update('jax_platforms', 'cpu')  # where PyTorch's are, whatever else the machine has
@@ -75,6 +74,7 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
     config.batch_size, config.compute_dtype = case.batch_size, case.dtype
     setup = synthetic_setup(config)
     images, labels = setup.place(setup.dataset.train)
+    empty = setup.empty_totals(len(labels))
     indices = np.arange(case.batch_size, dtype=np.int32).reshape(1, 1, -1)
     holder = [setup.create_state()]
     leaves = jax.tree_util.tree_leaves_with_path({'params': holder[0].params, 'batch_stats': holder[0].batch_stats})
@@ -93,8 +93,8 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
 
     def evaluate(num_steps: int) -> None:
         for _ in range(num_steps):
-            sums = setup.evaluation_step(holder[0].variables, setup.empty_sums(EvaluationSums), images, labels, indices)
-        jax.block_until_ready(sums)
+            totals = setup.evaluation_step(holder[0].variables, empty, images, labels, indices)
+        jax.block_until_ready(totals)
 
     serve(connection, {'weights': lambda: weights, 'logits': logits, 'train': train, 'evaluate': evaluate})
 

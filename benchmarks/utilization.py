@@ -22,17 +22,16 @@ def count_flops(setup: Any) -> tuple[float, float]:
     """
     import jax
 
-    from flax_dlvc.metrics import EvaluationSums
     from flax_dlvc.models.layers import traced_for
 
     setup = dataclasses.replace(setup, devices=jax.devices('cpu')[:1])
-    split, sums = setup.place(setup.dataset.test), setup.empty_sums(EvaluationSums)
+    split, totals = setup.place(setup.dataset.test), setup.empty_totals(len(setup.dataset.test))
     batch, test_batch = (
         np.zeros((1, 1, size), np.int32) for size in (setup.config.batch_size, setup.config.evaluation_batch_size)
     )
     with traced_for('gpu'):
         train = setup.lower_train_step(batch)
-        test = setup.evaluation_step.lower(setup.abstract_state.variables, sums, *split, test_batch)
+        test = setup.evaluation_step.lower(setup.abstract_state.variables, totals, *split, test_batch)
     return train.cost_analysis()['flops'], test.cost_analysis()['flops']
 
 

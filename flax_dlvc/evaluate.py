@@ -14,7 +14,7 @@ import numpy as np
 from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
-from flax_dlvc.metrics import EvaluationSums, summarize
+from flax_dlvc.metrics import Predictions, expected_calibration_error, summarize
 from flax_dlvc.profiling import timed
 from flax_dlvc.setup import Setup, set_up
 
@@ -25,8 +25,8 @@ def evaluate(
     variables: Any,
     split: tuple[jax.Array, jax.Array],
     between_calls: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Metrics of a model on every example of a split.
+) -> tuple[dict[str, Any], Predictions]:
+    """Metrics of a model on every example of a split, and what it says of each.
 
     Args:
         setup: of the run.
@@ -35,31 +35,18 @@ def evaluate(
         between_calls: called between compiled calls; may raise.
 
     Returns:
-        What `metrics.summarize` returns.
+        What `metrics.summarize` returns, with `expected_calibration_error`; and the predictions, in host memory.
     """
     images, labels = split
-    sums = setup.empty_sums(EvaluationSums)
+    totals = setup.empty_totals(len(labels))
     batches = data.evaluation_batches(len(labels), setup.config.evaluation_batch_size, len(setup.devices))
     for indices in steps.calls(batches, 0, setup.steps_per_call):
         between_calls()
-        previous, sums = sums, setup.evaluation_step(variables, sums, images, labels, indices)
+        previous, totals = totals, setup.evaluation_step(variables, totals, images, labels, indices)
         jax.block_until_ready(previous)  # one call is always queued, and never more
-    return summarize(sums)
-
-
-@timed('evaluation')
-def predict(setup: Setup, variables: Any, images: np.ndarray) -> np.ndarray:
-    """Probabilities (N, K) float32 of the classes of images (N, H, W, C) uint8, by the logits that `evaluate` counts.
-
-    On one device and without the other processes, which need not take part.
-    """
-    variables = steps.on_one_device(variables)
-    size = min(len(images), max(1, setup.config.evaluation_batch_size // len(setup.devices)))
-    probabilities = np.empty((len(images), setup.num_classes), np.float32)
-    for start in range(0, len(images), size):
-        start = min(start, len(images) - size)  # the last batch is as large as the others, so that one program serves
-        probabilities[start : start + size] = setup.prediction_step(variables, images[start : start + size])
-    return probabilities
+    sums, predictions = jax.device_get(totals)
+    calibration = {'expected_calibration_error': expected_calibration_error(predictions, np.asarray(labels))}
+    return summarize(sums) | calibration, predictions
 
 
 def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str, Any]:
@@ -80,7 +67,7 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
         if not len(getattr(setup.dataset, split_name)):
             raise ConfigError(f'the {split_name} split of {workdir} is empty; name another one with --split')
         state, _ = checkpoints.restore(step, setup.abstract_state)
-    metrics = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
+    metrics, _ = evaluate(setup, state.variables, setup.place(getattr(setup.dataset, split_name)))
     return describe_origin(setup, split_name, step) | metrics
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
-from flax_dlvc.evaluate import describe, describe_origin, evaluate, predict
+from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.profiling import timed, training_call
 from flax_dlvc.report import Display, TensorBoard, plot_curves
@@ -155,7 +155,7 @@ def train(
 
                 validation: dict[str, Any] = {'cross_entropy': None, 'accuracy': None}
                 if len(dataset.validation):
-                    validation = evaluate(setup, state.variables, validation_split, check_stop)
+                    validation, _ = evaluate(setup, state.variables, validation_split, check_stop)
                     check_finite(validation['cross_entropy'], 'validation', step, setup, checkpoints)
                 trained = summarize(sums)
                 record = {
@@ -179,7 +179,7 @@ def train(
             checkpoints.wait()
             best_step = checkpoints.find('best')
             best, _ = checkpoints.restore(best_step, setup.abstract_state)
-            test = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
+            test, predictions = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
         except StopRequested as request:
             save(checkpoints, state, progress, setup)
             checkpoints.wait()
@@ -200,7 +200,7 @@ def train(
             stopped_early=stopped_early,
             path=workdir / 'curves.png',
         )
-        tensorboard.end(epochs_run, test, predict(setup, best.variables, dataset.test.images))
+        tensorboard.end(epochs_run, test, predictions)
     del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     return {
         'config_name': config.name,

@@ -1,9 +1,9 @@
 """Cross-entropy, and the sums that every other number is divided from.
 
-Shapes: B batch, K classes, M bins of confidence.
+Shapes: B batch, N examples of a split, K classes.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import flax.struct
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from clu import metrics as clu_metrics
 
-CALIBRATION_BINS = 15  # of equal width in [0, 1], as in Guo et al. (2017, arXiv:1706.04599)
+CALIBRATION_BINS = 15  # as in Guo et al. (2017)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -38,35 +38,6 @@ class ConfusionMatrix(clu_metrics.Metric):
 
 
 @flax.struct.dataclass
-class Calibration(clu_metrics.Metric):
-    """Per bin of confidence, the highest probability of an example: all examples, the right ones, the confidences."""
-
-    counts: jax.Array  # (M,) int32
-    correct: jax.Array  # (M,) int32
-    confidence: jax.Array  # (M,) float32, summed
-
-    @classmethod
-    def from_model_output(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array, **_: Any) -> 'Calibration':
-        """Sums the examples whose mask is set."""
-        confidence = jnp.where(mask, jax.nn.softmax(logits.astype(jnp.float32)).max(-1), 0.0)
-        # Bins are open on the left and closed on the right; a masked example adds nothing wherever it falls.
-        bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
-        correct = mask & (logits.argmax(-1) == labels)
-        zeros = jnp.zeros(CALIBRATION_BINS, jnp.int32)
-        return cls(
-            counts=zeros.at[bins].add(mask.astype(jnp.int32)),
-            correct=zeros.at[bins].add(correct.astype(jnp.int32)),
-            confidence=zeros.astype(jnp.float32).at[bins].add(confidence),
-        )
-
-    @classmethod
-    def empty(cls) -> 'Calibration':
-        """The sums over no examples."""
-        zeros = jnp.zeros(CALIBRATION_BINS, jnp.int32)
-        return cls(zeros, zeros, zeros.astype(jnp.float32))
-
-
-@flax.struct.dataclass
 class Sums:
     """Sums over examples: all leaves add up, over steps by `merge` and over devices by `psum`."""
 
@@ -87,30 +58,32 @@ class Sums:
         confusion = ConfusionMatrix(jnp.zeros((num_classes, num_classes), jnp.int32))
         return cls(loss=clu_metrics.Average.empty(), confusion=confusion)
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: 'Sums') -> 'Sums':
         """The sums over both."""
         return jax.tree.map(jnp.add, self, other)
 
 
 @flax.struct.dataclass
-class EvaluationSums(Sums):
-    """What is summed over a split that is evaluated: `Sums`, and how well the probabilities are calibrated."""
+class Predictions:
+    """What a model says of each example of a split, zeros where it was not asked: they add up, as `Sums` do."""
 
-    calibration: Calibration
-
-    @classmethod
-    def from_model_output(
-        cls, *, losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array
-    ) -> 'EvaluationSums':
-        """As `Sums.from_model_output`."""
-        sums = Sums.from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
-        return cls(sums.loss, sums.confusion, Calibration.from_model_output(logits, labels, mask))
+    classes: jax.Array  # (N,) int32, the most probable one
+    confidence: jax.Array  # (N,) float32, the probability of that class
 
     @classmethod
-    def empty(cls, num_classes: int) -> 'EvaluationSums':
-        """The sums over no examples."""
-        sums = Sums.empty(num_classes)
-        return cls(sums.loss, sums.confusion, Calibration.empty())
+    def from_model_output(cls, logits: jax.Array, indices: jax.Array, num_examples: int) -> 'Predictions':
+        """The predictions by logits (B, K) for the examples with the indices (B,), each there once; -1 names none."""
+        empty = cls.empty(num_examples)
+        indices = jnp.where(indices < 0, num_examples, indices)  # out of bounds, where -1 is the last example
+        return cls(
+            classes=empty.classes.at[indices].set(logits.argmax(-1), mode='drop'),
+            confidence=empty.confidence.at[indices].set(jax.nn.softmax(logits).max(-1), mode='drop'),
+        )
+
+    @classmethod
+    def empty(cls, num_examples: int) -> 'Predictions':
+        """Those of a model that was not asked."""
+        return cls(jnp.zeros(num_examples, jnp.int32), jnp.zeros(num_examples, jnp.float32))
 
 
 def summarize(sums: Sums) -> dict[str, Any]:
@@ -119,8 +92,7 @@ def summarize(sums: Sums) -> dict[str, Any]:
     Returns:
         `cross_entropy` in nats per example, `accuracy`, `mean_class_accuracy` and `per_class_accuracy` in [0, 1],
         `num_examples`, and `confusion_matrix` with a row per true class. A class without examples has no accuracy: it
-        is None, and the mean is over the others. Of `EvaluationSums` also `expected_calibration_error` in [0, 1]: the
-        distance of accuracy and mean confidence, averaged over the bins by their share of the examples.
+        is None, and the mean is over the others.
     """
     sums = jax.device_get(sums)
     confusion = np.asarray(sums.confusion.counts, np.int64)
@@ -128,7 +100,7 @@ def summarize(sums: Sums) -> dict[str, Any]:
     counts = zip(confusion.diagonal().tolist(), confusion.sum(axis=1).tolist(), strict=True)
     per_class = [correct / size if size else None for correct, size in counts]
     present = [accuracy for accuracy in per_class if accuracy is not None]
-    summary = {
+    return {
         'accuracy': int(confusion.trace()) / num_examples,
         'mean_class_accuracy': sum(present) / len(present),
         'cross_entropy': float(sums.loss.total) / num_examples,
@@ -136,7 +108,15 @@ def summarize(sums: Sums) -> dict[str, Any]:
         'num_examples': num_examples,
         'confusion_matrix': confusion.tolist(),
     }
-    if isinstance(sums, EvaluationSums):
-        distances = np.abs(np.asarray(sums.calibration.correct, np.float64) - sums.calibration.confidence)
-        summary['expected_calibration_error'] = float(distances.sum()) / num_examples
-    return summary
+
+
+def expected_calibration_error(predictions: Predictions, labels: np.ndarray) -> float:
+    """Distance of accuracy and mean confidence, averaged over bins of confidence by their share of the examples.
+
+    By Guo et al. (2017, arXiv:1706.04599): bins of equal width, open on the left and closed on the right. Computed on
+    the host, in [0, 1].
+    """
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1, dtype=np.float32)
+    bins = np.digitize(predictions.confidence, edges[1:-1], right=True)
+    surplus = (predictions.classes == labels) - np.asarray(predictions.confidence, np.float64)
+    return float(np.abs(np.bincount(bins, surplus)).sum()) / len(labels)

@@ -7,13 +7,16 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from flax_dlvc import data
 from flax_dlvc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flax_dlvc.metrics import Predictions  # JAX, for which pictures and tables need not wait
 
 NUM_SHOWN = 64  # training images in a picture
 NUM_MISTAKES = 32
@@ -71,20 +74,22 @@ def device_for_drawing() -> Any:
         return jax.local_devices()[0]
 
 
-def mistakes(split: data.Split, probabilities: np.ndarray, class_names: Sequence[str]) -> Any:
-    """The most confident mistakes among a split's predictions (N, K), the worst one first, with both classes."""
-    chosen = confident_mistakes(probabilities, split.labels)[:NUM_MISTAKES]
+def mistakes(split: data.Split, predictions: 'Predictions', class_names: Sequence[str]) -> Any:
+    """The most confident mistakes among a split's predictions, the worst one first, with both classes."""
+    chosen = confident_mistakes(predictions, split.labels)[:NUM_MISTAKES]
     labels = [
-        f'{class_names[scores.argmax()]} {scores.max():.2f}\nis {class_names[label]}'
-        for scores, label in zip(probabilities[chosen], split.labels[chosen], strict=True)
+        f'{class_names[predicted]} {confidence:.2f}\nis {class_names[label]}'
+        for predicted, confidence, label in zip(
+            np.asarray(predictions.classes)[chosen], predictions.confidence[chosen], split.labels[chosen], strict=True
+        )
     ]
     return image_grid(split.images[chosen] / np.float32(255), labels)
 
 
-def confident_mistakes(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which of the predictions (N, K) are not the labels (N,), the one with the highest probability first."""
-    (wrong,) = np.nonzero(probabilities.argmax(axis=1) != labels)
-    return wrong[np.argsort(-probabilities[wrong].max(axis=1), kind='stable')]
+def confident_mistakes(predictions: 'Predictions', labels: np.ndarray) -> np.ndarray:
+    """Which of the predictions are not the labels (N,), the most confident one first."""
+    (wrong,) = np.nonzero(predictions.classes != labels)
+    return wrong[np.argsort(-predictions.confidence[wrong], kind='stable')]
 
 
 def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> Any:

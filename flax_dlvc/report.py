@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,6 +19,9 @@ from flax_dlvc.data import Dataset
 from flax_dlvc.errors import StorageError
 from flax_dlvc.profiling import timed
 from flax_dlvc.stopping import Stopping
+
+if TYPE_CHECKING:
+    from flax_dlvc.metrics import Predictions  # JAX, for which pictures and tables need not wait
 
 
 class Display:
@@ -126,18 +129,18 @@ class TensorBoard:
         self._write(record['epoch'], _scalars(scalars), next_epoch=record['epoch'])
 
     @timed('logging')
-    def end(self, epoch: int, test: dict[str, Any], probabilities: np.ndarray) -> None:
+    def end(self, epoch: int, test: dict[str, Any], predictions: 'Predictions') -> None:
         """Logs the final test, at the last epoch: metrics, confusion matrix and the most confident mistakes.
 
         Args:
             epoch: the last one.
-            test: what `metrics.summarize` returned for the test split.
-            probabilities: (N, K), the predictions for its examples.
+            test: the metrics that `evaluate.evaluate` returned for the test split.
+            predictions: for its examples.
         """
         title = f'{self._config.name} on {self._config.dataset}, test: accuracy {test["accuracy"]:.4f}; % of a row'
         class_names = self._dataset.class_names
         confusion = pictures.confusion_matrix(np.array(test['confusion_matrix']), class_names, title)
-        mistakes = pictures.mistakes(self._dataset.test, probabilities, class_names)
+        mistakes = pictures.mistakes(self._dataset.test, predictions, class_names)
         _, end = _hyperparameters(self._config)
         summaries = [
             *_scalars({f'test/{key}': test[key] for key in ('accuracy', 'cross_entropy')}),

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
 from flax_dlvc.augment import make_augmentation, make_mixing
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.metrics import Sums
+from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
 from flax_dlvc.profiling import timed
 
@@ -190,14 +190,18 @@ class Setup:
             steps.normalize(images.astype(np.float32) / 255, self.dataset.mean, self.dataset.std),
         )
 
-    def empty_sums(self, kind: type[Sums] = Sums) -> Sums:
+    def empty_sums(self) -> Sums:
         """Sums over no examples, on every device."""
-        return self._empty_sums(kind)
+        return self._empty(0)[0]
+
+    def empty_totals(self, num_examples: int) -> tuple[Sums, Predictions]:
+        """What an evaluation of so many examples begins with, on every device."""
+        return self._empty(num_examples)
 
     @cached_property
-    def _empty_sums(self) -> Callable[[type[Sums]], Sums]:
-        def empty(kind: type[Sums]) -> Sums:
-            return kind.empty(self.num_classes)
+    def _empty(self) -> Callable[[int], tuple[Sums, Predictions]]:
+        def empty(num_examples: int) -> tuple[Sums, Predictions]:
+            return Sums.empty(self.num_classes), Predictions.empty(num_examples)
 
         return jax.jit(empty, static_argnums=0, out_shardings=self.replicated)
 
@@ -209,9 +213,7 @@ class Setup:
         if learning_rate is not None:
             config.learning_rate = learning_rate
         other = dataclasses.replace(self, config=config)
-        for name in (
-            '_train_step', 'evaluation_step', 'prediction_step', '_create_state', 'abstract_state', '_empty_sums',
-        ):  # fmt: skip
+        for name in ('_train_step', 'evaluation_step', '_create_state', 'abstract_state', '_empty'):
             other.__dict__[name] = getattr(self, name)  # where a cached property keeps its value
         return other
 

@@ -19,12 +19,12 @@ from jax.experimental import multihost_utils
 
 from flax_dlvc.augment import Augmentation, Mixing, alternating_mirror, evaluation_views
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.metrics import EvaluationSums, Sums, cross_entropy
+from flax_dlvc.metrics import Predictions, Sums, cross_entropy
 
 AXIS = 'devices'
 
-# (variables, sums, images (N, H, W, C), labels (N,), indices (D, S, B)) -> sums
-EvaluationStep = Callable[..., EvaluationSums]
+# (variables, totals, images (N, H, W, C), labels (N,), indices (D, S, B)) -> totals
+EvaluationStep = Callable[..., tuple[Sums, Predictions]]
 # (variables, images (B, H, W, C) uint8) -> probabilities (B, K)
 PredictionStep = Callable[[Any, np.ndarray], jax.Array]
 
@@ -294,20 +294,24 @@ def make_evaluation_step(
     devices: Sequence[jax.Device],
     views: str = 'none',
 ) -> EvaluationStep:
-    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the sums; -1 names none."""
+    """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the totals; -1 names none.
+
+    The totals are over examples that are named once among those of `images`.
+    """
 
     def add(
-        sums: EvaluationSums, variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
-    ) -> EvaluationSums:
-        logits = logits_of(model, variables, images[indices], mean=mean, std=std, views=views)
-        losses = cross_entropy(logits, labels[indices])
-        new = EvaluationSums.from_model_output(losses=losses, logits=logits, labels=labels[indices], mask=indices >= 0)
-        return sums.merge(jax.lax.psum(new, AXIS))
+        totals: tuple[Sums, Predictions], variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> tuple[Sums, Predictions]:
+        logits, known = logits_of(model, variables, images[indices], mean=mean, std=std, views=views), labels[indices]
+        losses = cross_entropy(logits, known)
+        sums = Sums.from_model_output(losses=losses, logits=logits, labels=known, mask=indices >= 0)
+        predictions = Predictions.from_model_output(logits, indices, len(labels))
+        return jax.tree.map(jnp.add, totals, jax.lax.psum((sums, predictions), AXIS))
 
     def evaluation_step(
-        variables: Any, sums: EvaluationSums, images: jax.Array, labels: jax.Array, indices: jax.Array
-    ) -> EvaluationSums:
-        return _fold(lambda sums, batch: add(sums, variables, images, labels, batch), sums, indices)
+        variables: Any, totals: tuple[Sums, Predictions], images: jax.Array, labels: jax.Array, indices: jax.Array
+    ) -> tuple[Sums, Predictions]:
+        return _fold(lambda totals, batch: add(totals, variables, images, labels, batch), totals, indices)
 
     by_device = jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices)
     return _OnDevices(by_device, devices)
@@ -340,11 +344,6 @@ def logits_of(
     if len(weights) > 1:
         logits = jnp.tensordot(weights, logits.reshape(*seen.shape[:2], -1), 1, precision='highest')
     return logits
-
-
-def on_one_device(tree: Any) -> Any:
-    """What is replicated over the run's devices, on this process's first one alone; nothing is copied."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 class _OnDevices:

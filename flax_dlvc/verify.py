@@ -42,7 +42,7 @@ def verify(workdir: Path) -> Iterator[Finding]:
                 progress = None  # that of an older one says nothing of metrics.jsonl
                 continue
             if result and step == _best_step(progress, result['best_epoch']):
-                test = evaluate(setup, state.variables, setup.place(setup.dataset.test))
+                test, _ = evaluate(setup, state.variables, setup.place(setup.dataset.test))
                 yield 'result.json', _compare_result(result['test'], test, step)
                 result = None
     if result:

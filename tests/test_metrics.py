@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from flax_dlvc.metrics import Calibration, ConfusionMatrix, EvaluationSums, Sums, cross_entropy, summarize
+from flax_dlvc.metrics import ConfusionMatrix, Predictions, Sums, cross_entropy, expected_calibration_error, summarize
 
 from_model_output = jax.jit(Sums.from_model_output)
 
@@ -27,6 +27,11 @@ def sum_up(logits, labels, mask=None, losses=None):
     mask = np.ones(len(labels), bool) if mask is None else mask
     losses = cross_entropy(logits, labels) if losses is None else losses
     return from_model_output(losses=losses, logits=logits, labels=labels, mask=mask)
+
+
+def calibration_error(logits, labels):
+    predictions = Predictions.from_model_output(jnp.asarray(logits), jnp.arange(len(labels)), len(labels))
+    return expected_calibration_error(predictions, np.asarray(labels))
 
 
 @pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.9, 1.0])
@@ -121,8 +126,23 @@ def test_a_summary_is_plain_json(examples):
 
 
 @pytest.mark.parametrize('sizes', [[53], [26, 26, 1]])
-def test_expected_calibration_error(examples, sizes):
-    """Against Guo et al.'s definition, bin by bin; masked examples, NaN here, do not count."""
+def test_predictions_are_of_the_examples_with_the_indices(examples, sizes):
+    """In any order and any batches; indices of -1, NaN here, name none, and not the last example."""
+    logits, _ = examples
+    order, predictions, start = np.random.default_rng(0).permutation(53), Predictions.empty(60), 0
+    for size in sizes:
+        indices = np.append(order[start : start + size], [-1, -1])
+        batch = np.concatenate([logits[indices[:-2]], np.full((2, 4), np.nan, np.float32)])
+        new = Predictions.from_model_output(jnp.asarray(batch), jnp.asarray(indices), 60)
+        predictions = jax.tree.map(jnp.add, predictions, new)
+        start += size
+    expected = np.exp(log_softmax(logits)).max(-1)
+    assert predictions.classes.tolist() == logits.argmax(-1).tolist() + [0] * 7
+    np.testing.assert_allclose(predictions.confidence, np.append(expected, [0] * 7), rtol=1e-6)
+
+
+def test_expected_calibration_error(examples):
+    """Against Guo et al.'s definition, bin by bin."""
     logits, labels = examples
     confidence, right = np.exp(log_softmax(logits)).max(-1), logits.argmax(-1) == labels
     expected = 0.0
@@ -131,47 +151,29 @@ def test_expected_calibration_error(examples, sizes):
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert expected > 0.05
-    sums, start = EvaluationSums.empty(4), 0
-    for size in sizes:
-        padded = np.concatenate([logits[start : start + size], np.full((3, 4), np.nan, np.float32)])
-        known = np.concatenate([labels[start : start + size], [0, 0, 0]])
-        mask = np.arange(size + 3) < size
-        losses = cross_entropy(padded, known)
-        sums = sums.merge(EvaluationSums.from_model_output(losses=losses, logits=padded, labels=known, mask=mask))
-        start += size
-    summary = summarize(sums)
-    assert summary['expected_calibration_error'] == pytest.approx(expected, rel=1e-5)
-    assert summary['num_examples'] == 53
+    assert calibration_error(logits, labels) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(('logit', 'expected'), [(50.0, 0.0), (-50.0, 1.0), (0.0, 0.0)])
 def test_calibration_at_the_ends(logit, expected):
     """Sure and right, sure and wrong, undecided between two classes and right half of the time."""
-    logits, labels = jnp.array([[logit, 0.0]] * 4), jnp.array([0, 0, 0, 0]) if logit else jnp.array([0, 1, 0, 1])
-    ones = jnp.ones(4, bool)
-    sums = EvaluationSums.from_model_output(losses=jnp.zeros(4), logits=logits, labels=labels, mask=ones)
-    assert summarize(sums)['expected_calibration_error'] == pytest.approx(expected, abs=1e-6)
+    labels = [0, 0, 0, 0] if logit else [0, 1, 0, 1]
+    assert calibration_error(np.array([[logit, 0.0]] * 4), labels) == pytest.approx(expected, abs=1e-6)
 
 
 def test_each_bin_of_confidence_holds_its_own_examples():
-    """Twenty classes, so that the first bin is reached; every bin full, its examples now right and now wrong."""
-    generator = np.random.default_rng(0)
-    confidence = np.append(generator.uniform(0.0501, 0.9999, 400), [1.0] * 3)
-    first = np.log(np.maximum(confidence, 1e-9)) - np.log(np.maximum((1 - confidence) / 19, 1e-12))
-    logits = np.zeros((403, 20), np.float32)
-    logits[:, 7] = first
-    labels = np.where(generator.random(403) < 0.6, 7, 3)
-    mask = generator.random(403) < 0.9
-    sums = Calibration.from_model_output(logits, labels, mask)
-    for low in range(15):
-        inside = mask & (confidence > low / 15) & (confidence <= (low + 1) / 15)
-        assert inside.sum() >= 3
-        assert (sums.counts[low], sums.correct[low]) == (inside.sum(), (inside & (labels == 7)).sum())
-        assert float(sums.confidence[low]) == pytest.approx(confidence[inside].sum(), rel=1e-5)
-    assert sums.counts.shape == sums.correct.shape == sums.confidence.shape == (15,)
+    """Every bin full, and all right in every other one, so that no two neighbours can be taken together."""
+    confidence = np.append(np.random.default_rng(0).uniform(0.0001, 0.9999, 400), [1.0] * 3).astype(np.float32)
+    bins = sum(confidence > low / 15 for low in range(1, 15))
+    assert np.bincount(bins).min() >= 3 and len(np.bincount(bins)) == 15
+    expected = np.where(bins % 2, confidence, 1 - confidence.astype(np.float64)).mean()
+    predictions = Predictions(np.full(403, 7), confidence)
+    assert expected_calibration_error(predictions, np.where(bins % 2, 3, 7)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_confidence_between_two_bins_belongs_to_the_lower():
-    """Undecided between five classes is 3/15."""
-    sums = Calibration.from_model_output(jnp.zeros((2, 5)), jnp.array([0, 1]), jnp.ones(2, bool))
-    assert np.flatnonzero(sums.counts).tolist() == [2]
+    """Undecided between five classes, and right, is 3/15; a little less sure, and wrong, is in the same bin."""
+    predictions = Predictions(np.zeros(2, int), np.asarray(jax.nn.softmax(jnp.zeros(5)))[:2] - np.float32([0, 0.01]))
+    assert expected_calibration_error(predictions, np.array([0, 1])) == pytest.approx(abs(0.8 - 0.19) / 2)
+    beyond = Predictions(np.zeros(2, int), predictions.confidence + np.float32([0.01, 0]))
+    assert expected_calibration_error(beyond, np.array([0, 1])) == pytest.approx((0.79 + 0.19) / 2)

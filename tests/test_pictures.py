@@ -8,6 +8,7 @@ from conftest import make_config
 from PIL import Image
 
 from flax_dlvc import data, explain, pictures
+from flax_dlvc.metrics import Predictions
 
 
 def test_without_augmentation_training_sees_the_datasets_images(digits):
@@ -83,11 +84,11 @@ def test_a_dollar_in_the_name_of_a_class_is_one(tmp_path):
 
 
 def test_mistakes_are_wrong_and_sorted_by_how_sure_the_model_was():
-    probabilities = np.array([[0.6, 0.4], [0.1, 0.9], [0.2, 0.8], [0.7, 0.3], [0.05, 0.95]], np.float32)
+    predictions = Predictions(np.array([0, 1, 1, 0, 1]), np.array([0.6, 0.9, 0.8, 0.7, 0.95], np.float32))
     labels = np.array([1, 1, 0, 1, 0], np.int32)
-    assert pictures.confident_mistakes(probabilities, labels).tolist() == [4, 2, 3, 0]
+    assert pictures.confident_mistakes(predictions, labels).tolist() == [4, 2, 3, 0]
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    (axes,) = pictures.mistakes(data.Split(images, labels), probabilities, ('cat', 'dog')).axes
+    (axes,) = pictures.mistakes(data.Split(images, labels), predictions, ('cat', 'dog')).axes
     assert [text.get_text().split('\n') for text in axes.texts] == [
         ['dog 0.95', 'is cat'], ['dog 0.80', 'is cat'], ['cat 0.70', 'is dog'], ['cat 0.60', 'is dog'],
     ]  # fmt: skip
@@ -96,7 +97,7 @@ def test_mistakes_are_wrong_and_sorted_by_how_sure_the_model_was():
 
 def test_a_model_without_mistakes_has_an_empty_picture():
     split = data.Split(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1], np.int32))
-    figure = pictures.mistakes(split, np.eye(2, dtype=np.float32), ('cat', 'dog'))
+    figure = pictures.mistakes(split, Predictions(split.labels, np.ones(2)), ('cat', 'dog'))
     assert not figure.axes[0].images
     assert pictures.encode_png(figure).startswith(b'\x89PNG')
 

@@ -11,6 +11,7 @@ from PIL import Image
 from flax_dlvc import data
 from flax_dlvc.config import flatten
 from flax_dlvc.errors import StorageError
+from flax_dlvc.metrics import Predictions
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.stopping import Stopping
 
@@ -77,10 +78,10 @@ def test_it_begins_with_the_hyperparameters_and_what_training_sees(tmp_path, boa
 
 def test_it_ends_with_the_test(tmp_path, board):
     split = board.keywords['dataset'].test
-    probabilities = np.eye(10, dtype=np.float32)[(split.labels + (np.arange(300) < 5)) % 10]
+    predictions = Predictions((split.labels + (np.arange(300) < 5)) % 10, np.ones(300, np.float32))
     test = {'accuracy': 295 / 300, 'cross_entropy': 0.25, 'confusion_matrix': np.diag([30] * 10).tolist()}
     with board(tmp_path) as tensorboard:
-        tensorboard.end(12, test, probabilities)
+        tensorboard.end(12, test, predictions)
     written = {value.tag: value for step, value in summaries(tmp_path) if step == 12}
     assert written['test/accuracy'].simple_value == pytest.approx(295 / 300)
     assert written['test/cross_entropy'].simple_value == 0.25
@@ -103,7 +104,7 @@ def test_a_run_that_goes_on_drops_what_it_logs_again(tmp_path, board):
     (tmp_path / 'tested').mkdir()
     test = {'accuracy': 1.0, 'cross_entropy': 0.0, 'confusion_matrix': [[1]]}
     with board(tmp_path / 'tested') as tensorboard:  # stopped in the final test: no epoch is dropped
-        tensorboard.end(3, test, np.eye(10, dtype=np.float32)[board.keywords['dataset'].test.labels])
+        tensorboard.end(3, test, Predictions(board.keywords['dataset'].test.labels, np.ones(300, np.float32)))
     assert starts(tmp_path / 'tested') == [4]
 
 

@@ -89,7 +89,7 @@ def test_models_adapt_to_size_channels_and_classes(name, shape):
 def test_two_devices_share_an_odd_evaluation_batch(small_config):
     small_config.num_devices, small_config.evaluation_batch_size = 2, 99
     setup = set_up(small_config)
-    metrics = evaluate(setup, setup.create_state().variables, setup.place(setup.dataset.test))
+    metrics, _ = evaluate(setup, setup.create_state().variables, setup.place(setup.dataset.test))
     assert metrics['num_examples'] == 300
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from flax_dlvc import data, steps
-from flax_dlvc.metrics import EvaluationSums, cross_entropy, summarize
+from flax_dlvc.metrics import Predictions, Sums, cross_entropy, summarize
 from flax_dlvc.models import create_model
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -278,10 +278,11 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
     variables = jax.device_put(state.variables, steps.replicated(devices))
     images, labels = data.place(split, steps.replicated(devices))
     evaluation_step = steps.make_evaluation_step(model=model, mean=MEAN, std=STD, devices=devices)
-    sums = jax.device_put(EvaluationSums.empty(NUM_CLASSES), steps.replicated(devices))
+    totals = jax.device_put((Sums.empty(NUM_CLASSES), Predictions.empty(NUM_EXAMPLES)), steps.replicated(devices))
     small = 50 if batch_size == 2 else NUM_EXAMPLES  # a batch size of 2 on everything would take long
     for indices in steps.calls(data.evaluation_batches(small, batch_size, num_devices), 0, steps_per_call):
-        sums = evaluation_step(variables, sums, images, labels, indices)
+        totals = evaluation_step(variables, totals, images, labels, indices)
+    sums, predictions = totals
 
     normalized = (split.images[:small] / 255 - np.array(MEAN)) / np.array(STD)
     logits = np.asarray(model.apply(state.variables, jnp.asarray(normalized, jnp.float32), train=False), np.float64)
@@ -292,6 +293,8 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
     assert metrics['accuracy'] == np.mean(logits.argmax(axis=1) == split.labels[:small])
     expected = -log_probabilities[np.arange(small), split.labels[:small]].mean()
     assert metrics['cross_entropy'] == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(predictions.classes[:small], logits.argmax(axis=1))
+    np.testing.assert_allclose(predictions.confidence[:small], np.exp(log_probabilities.max(axis=1)), rtol=1e-5)
 
 
 def test_calls_cover_the_steps_that_are_left():
