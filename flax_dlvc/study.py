@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from flax_dlvc.report import Display
     from flax_dlvc.setup import Setup
 
+GPU_MEMORY = 0.9  # the share of it that runs on one GPU take together: each also needs some beside JAX's
+
 # Carrying it out
 
 
@@ -50,10 +52,13 @@ def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
     if len(waiting) == len(grid):  # nothing has begun: a dataset that cannot be had is no single run's failure
         data.load(waiting[0].config)
     if parallel_runs > 1:
-        _check_devices(parallel_runs)
+        backend, num_devices = _devices()
+        if backend not in ('cpu', 'gpu') and parallel_runs > num_devices:
+            raise ConfigError(f'--parallel-runs is {parallel_runs}, but there are {num_devices} devices')
+        slots = [placement(slot, parallel_runs, num_devices) for slot in range(parallel_runs)]
     with board:
         if parallel_runs > 1:
-            _in_processes(waiting, board, parallel_runs)
+            _in_processes(waiting, board, slots)
         else:
             _in_turn(waiting, board)
 
@@ -86,27 +91,42 @@ def share(setup: 'Setup | None', config: ConfigDict) -> 'Setup':
     return set_up(config)
 
 
-def _check_devices(parallel_runs: int) -> None:
-    """On an accelerator each run needs a device. A process asks, so that this one leaves them to the runs."""
+def _devices() -> tuple[str, int]:
+    """Their kind and number. A process asks, so that this one leaves them to the runs."""
     program = 'import jax; print(jax.default_backend(), jax.local_device_count())'
     asked = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True, check=True)
     backend, count = asked.stdout.split()[-2:]
-    if backend != 'cpu' and parallel_runs > int(count):
-        raise ConfigError(f'--parallel-runs is {parallel_runs}, but there are {count} devices')
+    return backend, int(count)
 
 
-def _in_processes(waiting: Sequence[Planned], board: 'Board', parallel_runs: int) -> None:
-    """Up to `parallel_runs` at once: a process of `flax_dlvc.main` and a device each."""
-    queue = list(waiting)
+def placement(slot: int, parallel_runs: int, num_devices: int) -> dict[str, str]:
+    """The environment in which a run of `parallel_runs`, one for each slot, sees one device.
+
+    Where there are more runs than devices, they share a GPU and, unless the environment says how, its memory evenly.
+    """
+    device = str(slot % num_devices)
+    own = {'JAX_CUDA_VISIBLE_DEVICES': device, 'JAX_ROCM_VISIBLE_DEVICES': device, 'JAX_NUM_CPU_DEVICES': '1'}
+    if parallel_runs > num_devices and not any(name.endswith('CLIENT_MEM_FRACTION') for name in os.environ):
+        own['XLA_CLIENT_MEM_FRACTION'] = f'{GPU_MEMORY / -(-parallel_runs // num_devices):.3f}'
+    return own
+
+
+def _in_processes(waiting: Sequence[Planned], board: 'Board', slots: Sequence[dict[str, str]]) -> None:
+    """As many at once as there are slots: a process of `flax_dlvc.main` each, in the slot's environment.
+
+    The first seeds of all cells go first: side by side, two seeds of a cell would compile the same programs, and later
+    ones find them.
+    """
+    queue = sorted(waiting, key=lambda planned: planned.config.seed)
     active: dict[int, tuple[Planned, subprocess.Popen[bytes]]] = {}
     with tempfile.TemporaryDirectory() as complaints:
         try:
             while queue or active:
-                for slot in range(parallel_runs):
+                for slot, own in enumerate(slots):
                     if slot not in active and queue:
                         planned = queue.pop(0)
                         board.start(planned)
-                        active[slot] = planned, _start(planned, slot, Path(complaints, str(slot)))
+                        active[slot] = planned, _start(planned, own, Path(complaints, str(slot)))
                 time.sleep(0.2)
                 for slot, (planned, process) in list(active.items()):
                     board.follow(planned)
@@ -125,14 +145,13 @@ def _in_processes(waiting: Sequence[Planned], board: 'Board', parallel_runs: int
                 process.wait()
 
 
-def _start(planned: Planned, device: int, complaints: Path) -> 'subprocess.Popen[bytes]':
-    """Starts a run on one device of its own, in a directory that the board can follow from the first moment.
+def _start(planned: Planned, own: dict[str, str], complaints: Path) -> 'subprocess.Popen[bytes]':
+    """Starts a run with an environment of its own, in a directory that the board can follow from the first moment.
 
     Its stderr goes to a file, as a pipe may fill up. Ctrl-C in the terminal reaches the study alone, which passes on
     one signal: a second one would end the run unsaved.
     """
     rundir.create(planned.directory, planned.config)
-    own = {'JAX_CUDA_VISIBLE_DEVICES': str(device), 'JAX_ROCM_VISIBLE_DEVICES': str(device), 'JAX_NUM_CPU_DEVICES': '1'}
     with complaints.open('w') as stderr:
         return subprocess.Popen(
             [sys.executable, *planned.command],
@@ -310,7 +329,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument('--seeds', type=int, default=3, help='runs of each cell: seeds 0, 1, …')
     parser.add_argument('--vary', action='append', default=[], metavar='FIELD=V1,V2', help='another axis; repeatable')
-    parser.add_argument('--parallel-runs', type=int, default=1, help='runs at once, a device each; 1 by default')
+    parser.add_argument('--parallel-runs', type=int, default=1, help='runs at once, in processes; 1 by default')
     parser.add_argument('--dry-run', action='store_true', help='print the grid and an estimate of its time')
     parser.add_argument('--rebuild', action='store_true', help='run nothing: tables and figures of what is there')
     arguments, overrides = parser.parse_known_args(argv[1:])

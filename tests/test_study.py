@@ -1,6 +1,7 @@
 """The study, as a command: real small studies, on a terminal, in parallel, stopped and killed."""
 
 import contextlib
+import itertools
 import os
 import pty
 import re
@@ -84,15 +85,35 @@ def test_a_terminal_shows_a_line_per_run(whole_study):
 
 def test_parallel_runs_are_bit_for_bit_the_serial_ones(whole_study, command, small_run_flags, tmp_path):
     serial, _ = whole_study
-    flags = ['--models', 'cnn', '--regularizations', 'none', '--seeds', 2, '--parallel-runs', 2, *small_run_flags]
     devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-    done = command('study', '--workdir', tmp_path, *flags, **devices)
+    done = command('study', '--workdir', tmp_path, *SMALL_STUDY, '--parallel-runs', 2, *small_run_flags, **devices)
     assert done.returncode == 0, done.stderr
-    assert '[2/2] cnn seed ' in done.stdout
-    for seed in (0, 1):
-        ours, theirs = tmp_path / 'cnn' / f'seed_{seed}', serial / 'cnn' / f'seed_{seed}'
+    assert '[4/4] cnn' in done.stdout
+    began = {}
+    for cell, seed in itertools.product(('cnn', 'cnn_dropout'), (0, 1)):
+        ours, theirs = tmp_path / cell / f'seed_{seed}', serial / cell / f'seed_{seed}'
         assert read_history(ours) == read_history(theirs)
         assert rundir.read_result(ours)['test'] == rundir.read_result(theirs)['test']
+        began[cell, seed] = (ours / 'config.json').stat().st_mtime_ns
+    # Every cell's first seed before any second one, which finds the first one's programs.
+    assert [seed for _, seed in sorted(began, key=began.get)] == [0, 0, 1, 1]
+
+
+def test_parallel_runs_have_a_device_each_and_share_them_where_there_are_fewer(monkeypatch):
+    for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+        monkeypatch.delenv(name, raising=False)
+
+    def seen(parallel_runs, num_devices):
+        slots = [study.placement(slot, parallel_runs, num_devices) for slot in range(parallel_runs)]
+        assert all(slot['JAX_ROCM_VISIBLE_DEVICES'] == slot['JAX_CUDA_VISIBLE_DEVICES'] for slot in slots)
+        return [(slot['JAX_CUDA_VISIBLE_DEVICES'], slot.get('XLA_CLIENT_MEM_FRACTION')) for slot in slots]
+
+    assert seen(2, 4) == [('0', None), ('1', None)]
+    assert seen(2, 2) == [('0', None), ('1', None)]
+    assert seen(3, 1) == [('0', '0.300')] * 3
+    assert seen(3, 2) == [('0', '0.450'), ('1', '0.450'), ('0', '0.450')]
+    monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.2')  # JAX refuses both
+    assert seen(2, 1) == [('0', None)] * 2
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flags, tmp_path, capsys):
