@@ -173,8 +173,8 @@ def _ended(planned: Planned, board: 'Board', failure: str, exit_code: int = 1) -
 class Board:
     """The terminal's view of a study: a live table with a line per run; without a terminal a line per ended run."""
 
-    def __init__(self, grid: Sequence[Planned]):
-        self._grid = grid
+    def __init__(self, grid: Sequence[Planned], parallel_runs: int):
+        self._grid, self._parallel_runs = grid, parallel_runs
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
 
@@ -198,7 +198,7 @@ class Board:
             result = failure or f'test accuracy {self._accuracy(planned)}'
             self.say(
                 f'[{done}/{len(self._grid)}] {planned.cell} seed {planned.config.seed} {planned.state} after epoch '
-                f'{planned.epochs}: {result}; {self._time_left()}'
+                f'{planned.epochs}: {result}; {self.time_left()}'
             )
 
     def say(self, text: str) -> None:
@@ -245,8 +245,12 @@ class Board:
         result = rundir.read_result(planned.directory)
         return f'{result["test"]["accuracy"]:.4f}' if result else '–'
 
-    def _time_left(self) -> str:
-        """An upper bound: runs may stop early; of models that have not trained yet nothing is known."""
+    def time_left(self) -> str:
+        """An upper bound: runs may stop early; of models that have not trained yet nothing is known.
+
+        Runs that go on whenever another ends are done after their mean share and what is left of the longest one
+        (Graham 1969, 'Bounds on multiprocessing timing anomalies'). Speeds are those of runs side by side already.
+        """
         speeds: dict[str, float] = {}
         for planned in self._grid:
             if planned.seconds_per_epoch:
@@ -254,11 +258,12 @@ class Board:
         left = [planned for planned in self._grid if planned.epochs_left]
         if any(planned.config.model.name not in speeds for planned in left):
             return 'time left not known yet'
-        seconds = sum(planned.epochs_left * speeds[planned.config.model.name] for planned in left)
-        return f'at most {describe_time(seconds)} left'
+        seconds = [planned.epochs_left * speeds[planned.config.model.name] for planned in left]
+        share = 1 / self._parallel_runs
+        return f'at most {describe_time(share * sum(seconds) + (1 - share) * max(seconds, default=0))} left'
 
     def _render(self) -> Table:
-        table = Table(title=self._time_left(), title_justify='left')
+        table = Table(title=self.time_left(), title_justify='left')
         for column in ('run', 'seed', 'state', 'epoch', 'best validation accuracy'):
             table.add_column(column)
         for planned in self._grid:
@@ -359,7 +364,7 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         dry_run(grid)
         return
-    carry_out(grid, Board(grid), arguments.parallel_runs)
+    carry_out(grid, Board(grid, arguments.parallel_runs), arguments.parallel_runs)
     write(workdir, grid[0].config)
     print(f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, answers.md, figures/')
     failed = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == 'failed']
