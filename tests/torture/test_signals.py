@@ -98,7 +98,7 @@ PHASES = {
     'restoring the best': (Checkpoints, 'restore', 1, 8),
     'the final test': (loop, 'evaluate', 3, 8),
     'curves': (loop, 'plot_curves', 1, 8),
-    'predictions': (loop, 'predict', 1, 8),
+    'TensorBoard, ended': (TensorBoard, 'end', 1, 8),
     'the result': (rundir, 'write_result', 1, 8),
 }
 
