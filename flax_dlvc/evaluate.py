@@ -45,8 +45,9 @@ def evaluate(
         previous, totals = totals, setup.evaluation_step(variables, totals, images, labels, indices)
         jax.block_until_ready(previous)  # one call is always queued, and never more
     sums, predictions = jax.device_get(totals)
-    calibration = {'expected_calibration_error': expected_calibration_error(predictions, np.asarray(labels))}
-    return summarize(sums) | calibration, predictions
+    metrics = summarize(sums)
+    metrics['expected_calibration_error'] = expected_calibration_error(predictions, np.asarray(labels))
+    return metrics, predictions
 
 
 def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def make_evaluation_step(
 ) -> EvaluationStep:
     """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the totals; -1 names none.
 
-    The totals are over examples that are named once among those of `images`.
+    Each example is named once; the totals have a prediction for each of the `images`.
     """
 
     def add(

@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from flax_dlvc import data, distributed, results, rundir, tables
+from flax_dlvc.board import Board, describe_time
 from flax_dlvc.config import differing_fields
 from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, StoppedError, StorageError, run_command
 from flax_dlvc.grid import Planned, plan
 from flax_dlvc.results import MODELS, REGULARIZATIONS
 
 if TYPE_CHECKING:
-    from flax_dlvc.report import Display
     from flax_dlvc.setup import Setup
 
 GPU_MEMORY = 0.9  # the share of it that runs on one GPU take together: each also needs some beside JAX's
@@ -36,13 +33,14 @@ GPU_MEMORY = 0.9  # the share of it that runs on one GPU take together: each als
 # Carrying it out
 
 
-def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
+def carry_out(grid: list[Planned], parallel_runs: int) -> None:
     """Carries out what is not finished. A run that fails is noted in its directory, and the others go on.
 
     Raises:
-        ConfigError: a directory holds another run than the grid's; nothing is started then.
+        ConfigError: a directory holds another run than the grid's, or the devices do not suffice; nothing is started.
         StoppedError: SIGTERM or SIGINT within a run, which is saved; between two, `run_command` sees to them.
     """
+    board = Board(grid, parallel_runs)
     for planned in grid:
         if rundir.check(planned.directory, planned.config) is not None:
             rundir.adopt(planned.directory, planned.config)  # or it would not be of its row, if it stopped early
@@ -51,19 +49,15 @@ def carry_out(grid: list[Planned], board: 'Board', parallel_runs: int) -> None:
     waiting = [planned for planned in grid if planned.state != 'finished']
     if len(waiting) == len(grid):  # nothing has begun: a dataset that cannot be had is no single run's failure
         data.load(waiting[0].config)
-    if parallel_runs > 1:
-        backend, num_devices = _devices()
-        if backend not in ('cpu', 'gpu') and parallel_runs > num_devices:
-            raise ConfigError(f'--parallel-runs is {parallel_runs}, but there are {num_devices} devices')
-        slots = [placement(slot, parallel_runs, num_devices) for slot in range(parallel_runs)]
+    slots = _slots(parallel_runs) if parallel_runs > 1 else []
     with board:
-        if parallel_runs > 1:
+        if slots:
             _in_processes(waiting, board, slots)
         else:
             _in_turn(waiting, board)
 
 
-def _in_turn(waiting: Sequence[Planned], board: 'Board') -> None:
+def _in_turn(waiting: Sequence[Planned], board: Board) -> None:
     """One run after the other in this process; runs that differ in their seeds alone share compiled programs."""
     from flax_dlvc import loop
 
@@ -91,12 +85,18 @@ def share(setup: 'Setup | None', config: ConfigDict) -> 'Setup':
     return set_up(config)
 
 
-def _devices() -> tuple[str, int]:
-    """Their kind and number. A process asks, so that this one leaves them to the runs."""
+def _slots(parallel_runs: int) -> list[dict[str, str]]:
+    """The environments of runs side by side. A process asks for the devices, so that this one leaves them to the runs.
+
+    Raises:
+        ConfigError: there are fewer devices, and they cannot be shared.
+    """
     program = 'import jax; print(jax.default_backend(), jax.local_device_count())'
     asked = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True, check=True)
     backend, count = asked.stdout.split()[-2:]
-    return backend, int(count)
+    if backend not in ('cpu', 'gpu') and parallel_runs > int(count):
+        raise ConfigError(f'--parallel-runs is {parallel_runs}, but there are {count} devices')
+    return [placement(slot, parallel_runs, int(count)) for slot in range(parallel_runs)]
 
 
 def placement(slot: int, parallel_runs: int, num_devices: int) -> dict[str, str]:
@@ -111,7 +111,7 @@ def placement(slot: int, parallel_runs: int, num_devices: int) -> dict[str, str]
     return own
 
 
-def _in_processes(waiting: Sequence[Planned], board: 'Board', slots: Sequence[dict[str, str]]) -> None:
+def _in_processes(waiting: Sequence[Planned], board: Board, slots: Sequence[dict[str, str]]) -> None:
     """As many at once as there are slots: a process of `flax_dlvc.main` each, in the slot's environment.
 
     The first seeds of all cells go first: side by side, two seeds of a cell would compile the same programs, and later
@@ -162,123 +162,12 @@ def _start(planned: Planned, own: dict[str, str], complaints: Path) -> 'subproce
         )
 
 
-def _ended(planned: Planned, board: 'Board', failure: str, exit_code: int = 1) -> None:
+def _ended(planned: Planned, board: Board, failure: str, exit_code: int = 1) -> None:
     planned.state = 'failed' if failure else 'finished'
     if failure:
         rundir.create(planned.directory, planned.config)
     rundir.write_failure(planned.directory, ' '.join(failure.split()), exit_code)
     board.end(planned, failure)
-
-
-class Board:
-    """The terminal's view of a study: a live table with a line per run; without a terminal a line per ended run."""
-
-    def __init__(self, grid: Sequence[Planned], parallel_runs: int):
-        self._grid, self._parallel_runs = grid, parallel_runs
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
-
-    def __enter__(self) -> 'Board':
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def start(self, planned: Planned) -> None:
-        """A run starts."""
-        planned.state = 'running'
-
-    def end(self, planned: Planned, failure: str) -> None:
-        """A run is finished or has failed."""
-        self.follow(planned)
-        if not self._console.is_terminal:
-            done = sum(other.state in ('finished', 'failed') for other in self._grid)
-            result = failure or f'test accuracy {self._accuracy(planned)}'
-            self.say(
-                f'[{done}/{len(self._grid)}] {planned.cell} seed {planned.config.seed} {planned.state} after epoch '
-                f'{planned.epochs}: {result}; {self.time_left()}'
-            )
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self._console.print(text, markup=False)
-
-    def display(self, planned: Planned) -> 'Display':
-        """What the loop reports a run's epochs to."""
-        from flax_dlvc.report import Display
-
-        board = self
-
-        class RowDisplay(Display):
-            """Puts epochs into the run's row; a run's own lines have no place on the board."""
-
-            def __enter__(self) -> Display:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                pass
-
-            def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
-                """The board shows epochs."""
-
-            def epoch(self, record: dict[str, Any], stopping: Any) -> None:
-                """Notes a finished epoch."""
-                del record, stopping
-                board.follow(planned)
-
-            def print(self, text: str) -> None:
-                """Not shown."""
-
-        return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
-
-    def follow(self, planned: Planned) -> None:
-        """Reads how far a run is from its directory."""
-        run = results.read_run(planned.directory.parent.parent, planned.directory)
-        planned.epochs = len(run.history)
-        validated = [record['validation_accuracy'] for record in run.history]
-        planned.best = max((accuracy for accuracy in validated if accuracy is not None), default=None)
-        planned.seconds_per_epoch = run.seconds_per_epoch
-
-    def _accuracy(self, planned: Planned) -> str:
-        result = rundir.read_result(planned.directory)
-        return f'{result["test"]["accuracy"]:.4f}' if result else '–'
-
-    def time_left(self) -> str:
-        """An upper bound: runs may stop early; of models that have not trained yet nothing is known.
-
-        Runs that go on whenever another ends are done after their mean share and what is left of the longest one
-        (Graham 1969, 'Bounds on multiprocessing timing anomalies'). Speeds are those of runs side by side already.
-        """
-        speeds: dict[str, float] = {}
-        for planned in self._grid:
-            if planned.seconds_per_epoch:
-                speeds[planned.config.model.name] = planned.seconds_per_epoch
-        left = [planned for planned in self._grid if planned.epochs_left]
-        if any(planned.config.model.name not in speeds for planned in left):
-            return 'time left not known yet'
-        seconds = [planned.epochs_left * speeds[planned.config.model.name] for planned in left]
-        share = 1 / self._parallel_runs
-        return f'at most {describe_time(share * sum(seconds) + (1 - share) * max(seconds, default=0))} left'
-
-    def _render(self) -> Table:
-        table = Table(title=self.time_left(), title_justify='left')
-        for column in ('run', 'seed', 'state', 'epoch', 'best validation accuracy'):
-            table.add_column(column)
-        for planned in self._grid:
-            best = '' if planned.best is None else f'{planned.best:.4f}'
-            epoch = f'{planned.epochs}/{planned.config.num_epochs}'
-            style = {'running': 'bold', 'failed': 'red', 'waiting': 'dim'}.get(planned.state)
-            table.add_row(planned.cell, str(planned.config.seed), planned.state, epoch, best, style=style)
-        return table
-
-
-def describe_time(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 90:
-        return f'{seconds:.0f} seconds'
-    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
 
 
 def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
@@ -364,7 +253,7 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         dry_run(grid)
         return
-    carry_out(grid, Board(grid, arguments.parallel_runs), arguments.parallel_runs)
+    carry_out(grid, arguments.parallel_runs)
     write(workdir, grid[0].config)
     print(f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, answers.md, figures/')
     failed = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == 'failed']

@@ -100,11 +100,12 @@ def check_close(workdir, expected):
             assert record[field] == pytest.approx(other[field], rel=1e-5), (workdir, field)
         for field in ('epoch', 'step', 'train_accuracy', 'validation_accuracy'):
             assert record[field] == other[field], (workdir, field)
-    test, other = (json.loads((run / 'evaluation-test.json').read_text()) for run in (workdir, expected))
+    test, other = (json.loads((run / 'result.json').read_text())['test'] for run in (workdir, expected))
     assert test['cross_entropy'] == pytest.approx(other['cross_entropy'], rel=1e-5)
+    assert test['per_class_accuracy'] == other['per_class_accuracy']
+    test, other = (json.loads((run / 'evaluation-test.json').read_text()) for run in (workdir, expected))
     error = 'expected_calibration_error'  # of the predictions, which no device and no process has all of
     assert test[error] == pytest.approx(other[error], rel=1e-4)
-    assert test['per_class_accuracy'] == other['per_class_accuracy']
 
 
 @pytest.mark.parametrize(('processes', 'devices'), [(1, 2), (1, 4), (2, 2)])

@@ -15,7 +15,6 @@ from conftest import ROOT, read_history
 
 from flax_dlvc import rundir, study
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.grid import plan
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_parallel_runs_are_bit_for_bit_the_serial_ones(whole_study, command, sma
     devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
     done = command('study', '--workdir', tmp_path, *SMALL_STUDY, '--parallel-runs', 2, *small_run_flags, **devices)
     assert done.returncode == 0, done.stderr
-    assert '[4/4] cnn' in done.stdout
+    assert re.search(r'\[4/4\] cnn\w* seed ', done.stdout)
     began = {}
     for cell, seed in itertools.product(('cnn', 'cnn_dropout'), (0, 1)):
         ours, theirs = tmp_path / cell / f'seed_{seed}', serial / cell / f'seed_{seed}'
@@ -115,16 +114,6 @@ def test_parallel_runs_have_a_device_each_and_share_them_where_there_are_fewer(m
     assert seen(3, 2) == [('0', '0.450'), ('1', '0.450'), ('0', '0.450')]
     monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.2')  # JAX refuses both
     assert seen(2, 1) == [('0', None)] * 2
-
-
-@pytest.mark.parametrize(('parallel_runs', 'expected'), [(1, 26), (2, 18), (4, 14)])
-def test_the_time_left_counts_runs_side_by_side(tmp_path, parallel_runs, expected):
-    """Of 10, 10 and 6 seconds; two at once take 16, four 10."""
-    grid = plan(tmp_path, models=['cnn'], regularizations=['none', 'dropout'], seeds=2)
-    for planned, seconds in zip(grid, (10, 10, 6, 0), strict=True):
-        planned.epochs, planned.seconds_per_epoch = planned.config.num_epochs - seconds, 1.0
-    grid[3].state = 'finished'
-    assert study.Board(grid, parallel_runs).time_left() == f'at most {expected} seconds left'
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flags, tmp_path, capsys):

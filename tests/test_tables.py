@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 
 from flax_dlvc import answers, page, results, rundir, study, tables
+from flax_dlvc.board import Board
 from flax_dlvc.grid import Planned
 
 CLASSES = ['<b>zero</b>', 'one']
@@ -235,9 +236,8 @@ def test_a_study_without_validation_is_tabled(tmp_path):
     study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
     assert '| 90.00 ± 0.00 | – | 70.00 ± 0.00 |' in (tmp_path / 'answers.md').read_text()
     assert (tmp_path / 'figures' / 'curves_cnn.png').exists()
-    board = study.Board([], 1)
     planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0', ())
-    board.follow(planned)
+    Board([], 1).follow(planned)
     assert (planned.epochs, planned.best) == (2, None)
 
 
@@ -250,7 +250,7 @@ def test_a_run_that_stopped_early_is_of_the_longer_row_too(tmp_path):
     write_run(tmp_path / 'cnn' / 'seed_1', 'cnn', 1, 0.7, num_epochs=50)
     planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0', ())
     planned.config.num_epochs = 50
-    study.carry_out([planned], study.Board([planned], 1), 1)
+    study.carry_out([planned], 1)
     assert (planned.state, planned.epochs) == ('finished', 2)
     (cell,) = results.group(results.read_runs(tmp_path))
     assert [run.config.seed for run in cell.finished] == [0, 1]

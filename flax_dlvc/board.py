@@ -1,0 +1,126 @@
+"""The terminal's view of a study: a live table with a line per run, and the time that is left."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from flax_dlvc import results, rundir
+from flax_dlvc.grid import Planned
+
+if TYPE_CHECKING:
+    from flax_dlvc.report import Display
+
+
+class Board:
+    """A live table of the grid; without a terminal a line per ended run."""
+
+    def __init__(self, grid: Sequence[Planned], parallel_runs: int):
+        self._grid, self._parallel_runs = grid, parallel_runs
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
+
+    def __enter__(self) -> 'Board':
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def start(self, planned: Planned) -> None:
+        """A run starts."""
+        planned.state = 'running'
+
+    def end(self, planned: Planned, failure: str) -> None:
+        """A run is finished or has failed."""
+        self.follow(planned)
+        if not self._console.is_terminal:
+            done = sum(other.state in ('finished', 'failed') for other in self._grid)
+            result = failure or f'test accuracy {self._accuracy(planned)}'
+            self.say(
+                f'[{done}/{len(self._grid)}] {planned.cell} seed {planned.config.seed} {planned.state} after epoch '
+                f'{planned.epochs}: {result}; {self.time_left()}'
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, markup=False)
+
+    def display(self, planned: Planned) -> 'Display':
+        """What the loop reports a run's epochs to."""
+        from flax_dlvc.report import Display
+
+        board = self
+
+        class RowDisplay(Display):
+            """Puts epochs into the run's row; a run's own lines have no place on the board."""
+
+            def __enter__(self) -> Display:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
+                """The board shows epochs."""
+
+            def epoch(self, record: dict[str, Any], stopping: Any) -> None:
+                """Notes a finished epoch."""
+                del record, stopping
+                board.follow(planned)
+
+            def print(self, text: str) -> None:
+                """Not shown."""
+
+        return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
+
+    def follow(self, planned: Planned) -> None:
+        """Reads how far a run is from its directory."""
+        run = results.read_run(planned.directory.parent.parent, planned.directory)
+        planned.epochs = len(run.history)
+        validated = [record['validation_accuracy'] for record in run.history]
+        planned.best = max((accuracy for accuracy in validated if accuracy is not None), default=None)
+        planned.seconds_per_epoch = run.seconds_per_epoch
+
+    def _accuracy(self, planned: Planned) -> str:
+        result = rundir.read_result(planned.directory)
+        return f'{result["test"]["accuracy"]:.4f}' if result else '–'
+
+    def time_left(self) -> str:
+        """An upper bound: runs may stop early; of models that have not trained yet nothing is known.
+
+        Runs that go on whenever another ends are done after their mean share and what is left of the longest one
+        (Graham 1969, 'Bounds on multiprocessing timing anomalies'). Speeds are those of runs side by side already.
+        """
+        speeds: dict[str, float] = {}
+        for planned in self._grid:
+            if planned.seconds_per_epoch:
+                speeds[planned.config.model.name] = planned.seconds_per_epoch
+        left = [planned for planned in self._grid if planned.epochs_left]
+        if any(planned.config.model.name not in speeds for planned in left):
+            return 'time left not known yet'
+        seconds = [planned.epochs_left * speeds[planned.config.model.name] for planned in left]
+        share = 1 / self._parallel_runs
+        return f'at most {describe_time(share * sum(seconds) + (1 - share) * max(seconds, default=0))} left'
+
+    def _render(self) -> Table:
+        table = Table(title=self.time_left(), title_justify='left')
+        for column in ('run', 'seed', 'state', 'epoch', 'best validation accuracy'):
+            table.add_column(column)
+        for planned in self._grid:
+            best = '' if planned.best is None else f'{planned.best:.4f}'
+            epoch = f'{planned.epochs}/{planned.config.num_epochs}'
+            style = {'running': 'bold', 'failed': 'red', 'waiting': 'dim'}.get(planned.state)
+            table.add_row(planned.cell, str(planned.config.seed), planned.state, epoch, best, style=style)
+        return table
+
+
+def describe_time(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f'{seconds:.0f} seconds'
+    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
