@@ -1,6 +1,7 @@
 """What a run shows: a line or a live bar per epoch, curves, TensorBoard."""
 
 import contextlib
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -152,16 +153,19 @@ class TensorBoard:
 
     def _write(self, step: int, summaries: Sequence[Any], next_epoch: int) -> None:
         """Writes summaries; at the head of a file also that what others hold of `next_epoch` and later is void."""
-        from tensorboardX.event_file_writer import EventsWriter  # over a second to import
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter  # over a second to import
 
         def write(**content: Any) -> None:
-            self._writer.write_event(Event(wall_time=time.time(), **content))
+            self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
 
         try:
             if self._writer is None:
                 self._directory.mkdir(exist_ok=True)
-                self._writer = EventsWriter(str(self._directory / 'events'))
+                # An EventsWriter leaves a file that has no room open, of which Python 3.13 complains at the end.
+                name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
+                self._writer = RecordWriter(str(self._directory / name))
+                write(file_version='brain.Event:2')
                 write(step=next_epoch, session_log=SessionLog(status=SessionLog.START))
             for summary in summaries:
                 write(step=step, summary=summary)

@@ -118,7 +118,7 @@ def write_tar(path, files, *others):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
         for info in others:
-            tar.addfile(info)
+            tar.fileobj.write(info.tobuf())  # `addfile` wants the content as well
     return path
 
 
