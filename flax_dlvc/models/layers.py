@@ -269,13 +269,31 @@ class StochasticDepth(nn.Module):
         return (x * Dropout(self.rate)(ones, deterministic)).astype(x.dtype)
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU through erf, 2x faster on a CPU than `nn.gelu(approximate=False)`, which goes through erfc.
 
-    In float32, as in PyTorch: where erf is near -1, 1 + erf has few digits left of bfloat16's eight bits.
+    In float32, as in PyTorch: where erf is near -1, 1 + erf has few digits left of bfloat16's eight bits. The gradient
+    is by its formula: JAX 0.12 works the one of erf out to the last digit, and XLA then rather writes the result down
+    than computes it again in each kernel that reads it: a third more of what `fast94` moves outside of convolutions.
     """
     y = x.astype(jnp.float32)
-    return (0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+    return (y * normal_cdf(y)).astype(x.dtype)
+
+
+def gelu_tangent(tangent: jax.Array, _: jax.Array, x: jax.Array) -> jax.Array:
+    """The change of `gelu` with that of x: (y Φ(y))' = Φ(y) + y φ(y), with the density φ."""
+    y = x.astype(jnp.float32)
+    slope = normal_cdf(y) + y * jnp.exp(-0.5 * y * y) * (2 * math.pi) ** -0.5
+    return (slope * tangent.astype(jnp.float32)).astype(x.dtype)
+
+
+def normal_cdf(y: jax.Array) -> jax.Array:
+    """Φ, the distribution function of the standard normal distribution."""
+    return 0.5 * (1 + lax.erf(y * math.sqrt(0.5)))
+
+
+gelu.defjvps(gelu_tangent)
 
 
 def attention(
