@@ -289,7 +289,7 @@ def gelu_tangent(tangent: jax.Array, _: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def normal_cdf(y: jax.Array) -> jax.Array:
-    """Φ, the distribution function of the standard normal distribution."""
+    """Φ of the standard normal distribution; `jax.scipy.special.ndtr` goes through erfc as well."""
     return 0.5 * (1 + lax.erf(y * math.sqrt(0.5)))
 
 
