@@ -1,18 +1,138 @@
-import flax.linen as nn
+"""The speedruns' network, against its definition in NumPy."""
+
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+from conftest import maximum_error
 
+from configs import fast94, fast96
 from flax_dlvc.models import create_model
-from flax_dlvc.models.airbench import Block, Whitening, dirac_init, whitening_kernel
+from flax_dlvc.models.airbench import Airbench, Whitening, dirac_init, unit_uniform_init, whitening_kernel
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
+IMAGES = np.random.default_rng(0).normal(size=(4, 20, 28, 3)).astype(np.float32)  # odd sizes are halved on the way
+SMALL = {'num_classes': 5, 'widths': (4, 6, 6)}
 
-def smooth_images(count, size=12):
+
+def shapes_of(model, images=IMAGES):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+
+def fill(shapes):
+    """Arbitrary values: of single convolutions' order, and statistics other than those that norms begin with."""
+    generator = np.random.default_rng(1)
+
+    def values(path, leaf):
+        low, high = (0.5, 2.0) if path[-1].key == 'var' else (-0.3, 0.3)
+        return generator.uniform(low, high, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(values, shapes)
+
+
+def gelu(x):
+    return x * (1 + scipy.special.erf(x / np.sqrt(2))) / 2
+
+
+def convolve(x, kernel, pad):
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[:2], axis=(1, 2))  # (B, H, W, C, KH, KW)
+    return np.einsum('bhwcij,ijco->bhwo', windows, kernel)
+
+
+def halve(x):
+    """Maxima of 2x2; a last odd row or column is left out."""
+    batch, height, width, channels = x.shape
+    return x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def forward(variables, x, depth, *, train):
+    """Logits, and the running statistics after them."""
+    params, statistics = variables['params'], variables['batch_stats']
+    after = {'whitening': statistics['whitening']}
+
+    def norm(block, name, x):
+        running = statistics[block][name]
+        now = {'mean': x.mean((0, 1, 2)), 'var': x.var((0, 1, 2))} if train else running
+        after.setdefault(block, {})[name] = {key: 0.6 * running[key] + 0.4 * now[key] for key in running}
+        return (x - now['mean']) / np.sqrt(now['var'] + 1e-12) + params[block][name]['bias']
+
+    x = gelu(convolve(x, statistics['whitening']['kernel'], 0) + params['whitening']['bias'])
+    for block in ('block1', 'block2', 'block3'):
+        kernels = [params[block][f'conv{number}']['kernel'] for number in range(1, depth + 1)]
+        x = shortcut = gelu(norm(block, 'norm1', halve(convolve(x, kernels[0], 1))))
+        x = norm(block, 'norm2', convolve(x, kernels[1], 1))
+        if depth == 3:
+            x = norm(block, 'norm3', convolve(gelu(x), kernels[2], 1)) + shortcut
+        x = gelu(x)
+    return x.max((1, 2)) @ params['classifier']['kernel'] / x.shape[-1], after
+
+
+@pytest.mark.parametrize('depth', [2, 3])
+def test_network_by_definition(depth):
+    model = Airbench(**SMALL, depth=depth)
+    variables = fill(shapes_of(model))
+    expected, _ = forward(variables, np.float64(IMAGES), depth, train=False)
+    logits = jax.jit(partial(model.apply, train=False))(variables, IMAGES)
+    assert logits.shape == (4, 5) and logits.dtype == jnp.float32
+    assert maximum_error(logits, expected) < 1e-5
+    expected, after = forward(variables, np.float64(IMAGES), depth, train=True)
+    logits, updated = jax.jit(partial(model.apply, train=True, mutable=['batch_stats']))(variables, IMAGES)
+    assert maximum_error(logits, expected) < 1e-4
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), updated['batch_stats'], after)
+
+
+@pytest.mark.parametrize(('config', 'expected'), [(fast94, 1_971_352), (fast96, 9_915_416)])
+def test_parameter_count(config, expected):
+    """A bias per whitening filter, kernels without biases, norms without scales; the filters are not trained."""
+    options = config.get_config().model
+    shapes = shapes_of(
+        create_model(num_classes=10, dropout_rate=0.0, dtype='bfloat16', **options), np.zeros((1, 32, 32, 3))
+    )
+    inputs, total = 24, 24
+    for width in options.widths:
+        total += 9 * inputs * width + (options.depth - 1) * 9 * width**2 + options.depth * width
+        inputs = width
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == total + 10 * inputs == expected
+
+
+def test_dropout_acts_in_training_alone():
+    plain, dropping = Airbench(**SMALL), Airbench(**SMALL, dropout_rate=0.9)
+    variables = fill(shapes_of(plain))
+    rngs = {'dropout': jax.random.key(0)}
+
+    def logits(model, train):
+        return model.apply(variables, IMAGES, train=train, rngs=rngs, mutable=['batch_stats'])[0]
+
+    np.testing.assert_array_equal(logits(dropping, False), logits(plain, False))
+    assert maximum_error(logits(dropping, True), logits(plain, True)) > 0.1
+
+
+def test_initial_values_are_airbenchs():
+    """The classifier's are uniform and of deviation 1, the whitening bias's within PyTorch's bound for 5x5x3 inputs."""
+    classifier = unit_uniform_init(jax.random.key(0), (300, 300))
+    np.testing.assert_allclose([classifier.min(), classifier.max()], [-(3**0.5), 3**0.5], atol=0.01)
+    assert abs(classifier.mean()) < 0.02 and abs(classifier.std() - 1) < 0.01
+    bias = Whitening(5, jnp.float32).init(jax.random.key(0), smooth_images(2))['params']['bias']
+    np.testing.assert_allclose([bias.min(), bias.max()], [-(75**-0.5), 75**-0.5], rtol=0.1)
+    assert bias.shape == (150,) and np.abs(bias).max() <= 75**-0.5 and abs(bias.mean()) < 0.02
+
+
+def test_dirac_kernel_copies_its_input():
+    kernel = dirac_init(jax.random.key(0), (3, 3, 4, 6))
+    image = np.random.default_rng(0).normal(size=(1, 5, 5, 4)).astype(np.float32)
+    y = jax.lax.conv_general_dilated(image, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    np.testing.assert_allclose(y[..., :4], image, atol=1e-6)
+    assert np.abs(kernel[..., 4:]).max() <= 36**-0.5 and np.std(kernel[..., 4:]) > 0.05
+
+
+def smooth_images(count, height=12, width=15):
     """Images whose neighbouring pixels and channels are correlated, as those of photographs."""
-    noise = np.random.default_rng(0).normal(size=(count, size + 1, size + 1, 3)).astype(np.float32)
+    noise = np.random.default_rng(0).normal(size=(count, height + 1, width + 1, 3)).astype(np.float32)
     smooth = noise[:, 1:, 1:] + noise[:, :-1, 1:] + noise[:, 1:, :-1]
     return smooth + smooth.mean(axis=3, keepdims=True)
 
@@ -54,39 +174,13 @@ def test_ill_conditioned_patches_are_whitened():
     np.testing.assert_allclose(white, np.eye(12), atol=0.1)
 
 
-def test_whitened_patches_are_uncorrelated_and_the_layer_stays_as_it_was():
+def test_whitened_patches_are_uncorrelated():
     images = smooth_images(50)
-    model = create_model('airbench', num_classes=10, dropout_rate=0.0, dtype='float32', widths=(4, 8, 8))
-    batch = np.resize(images, (50, 32, 32, 3))
-    variables = jax.jit(lambda images: model.init(jax.random.key(0), images, train=False))(batch)
-    assert 'kernel' not in variables['params']['whitening']
-    kernel = variables['batch_stats']['whitening']['kernel']
-    white = patches(batch, 2) @ np.asarray(kernel, np.float64).reshape(12, 24)[:, :12]
+    variables = jax.jit(Airbench(**SMALL).init, static_argnames='train')(jax.random.key(0), images, train=False)
+    assert list(variables['params']['whitening']) == ['bias']
+    kernel = np.asarray(variables['batch_stats']['whitening']['kernel'], np.float64).reshape(12, 24)
+    white = patches(images, 2) @ kernel[:, :12]
     np.testing.assert_allclose(white.T @ white / len(white), np.eye(12), atol=0.02)
-    logits, updated = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=['batch_stats']))(variables, batch)
-    assert logits.shape == (50, 10) and logits.dtype == jnp.float32
-    np.testing.assert_array_equal(updated['batch_stats']['whitening']['kernel'], kernel)
-    before, after = variables['batch_stats']['block1']['norm1'], updated['batch_stats']['block1']['norm1']
-    assert not np.allclose(before['mean'], after['mean'])
-
-
-def test_dirac_kernel_copies_its_input():
-    kernel = dirac_init(jax.random.key(0), (3, 3, 4, 6))
-    image = np.random.default_rng(0).normal(size=(1, 5, 5, 4)).astype(np.float32)
-    y = jax.lax.conv_general_dilated(image, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    np.testing.assert_allclose(y[..., :4], image, atol=1e-6)
-    assert np.abs(kernel[..., 4:]).max() <= 36**-0.5 and np.std(kernel[..., 4:]) > 0.05
-
-
-def test_a_third_convolution_is_residual():
-    """With fresh statistics and a third kernel of zeros, what is left is the map after the first convolution, twice."""
-    block = Block(4, 3, jnp.float32, None)
-    x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
-    variables = block.init(jax.random.key(0), x, train=False)
-    variables['params']['conv3']['kernel'] = jnp.zeros((3, 3, 4, 4))
-    pooled = nn.max_pool(x, (2, 2), (2, 2))  # the first convolution copies its input
-    expected = nn.gelu(nn.gelu(pooled, approximate=False), approximate=False)
-    np.testing.assert_allclose(block.apply(variables, x, train=False), expected, atol=1e-5)
 
 
 def test_whitening_in_bfloat16_keeps_what_the_filters_enlarge():
