@@ -8,7 +8,7 @@ import pytest
 
 from configs import default
 from flax_dlvc.models import create_model
-from flax_dlvc.optim import make_optimizer, make_schedule, named
+from flax_dlvc.optim import make_optimizer, make_schedule, muon_groups, named
 
 STEPS = 10  # per epoch
 
@@ -265,3 +265,20 @@ def test_muon_by_definition():
             momenta[name][leaf] = 0.85 * momenta[name][leaf] + gradient
             entry[leaf] = value - rate_here * (gradient + 0.85 * momenta[name][leaf])
     assert_close(actual, params, rtol=1e-3)
+
+
+def test_muon_trains_the_kernels_of_convolutions():
+    model = create_model('airbench', num_classes=3, dropout_rate=0.0, dtype='float32', widths=(2, 2, 2))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False))['params']
+    for path, group in jax.tree_util.tree_leaves_with_path(muon_groups(shapes)):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        expected = {'whitening/bias': 'whitening bias', 'classifier/kernel': 'classifier'}
+        assert group == expected.get(name, 'muon' if 'conv' in name else 'bias'), name
+
+
+def test_a_whitening_bias_of_no_epochs_stays():
+    params = {'whitening': {'bias': np.ones(3, np.float32)}, 'norm': {'bias': np.ones(3, np.float32)}}
+    config = make_config(**{'optimizer.name': 'muon', 'optimizer.whitening_bias_epochs': 0.0})
+    trained = train(config, params, [gradients(params, 0)])
+    np.testing.assert_array_equal(trained['whitening']['bias'], params['whitening']['bias'])
+    assert not np.allclose(trained['norm']['bias'], params['norm']['bias'])
