@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 from conftest import maximum_error
+from reference import convolve, count, gelu, max_pool, shapes_of, windows
 
 from configs import fast94, fast96
 from flax_dlvc.models import create_model
@@ -17,10 +17,6 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 20, 28, 3)).astype(np.float32)  # odd sizes are halved on the way
 SMALL = {'num_classes': 5, 'widths': (4, 6, 6)}
-
-
-def shapes_of(model, images=IMAGES):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
 
 
 def fill(shapes):
@@ -34,22 +30,6 @@ def fill(shapes):
     return jax.tree_util.tree_map_with_path(values, shapes)
 
 
-def gelu(x):
-    return x * (1 + scipy.special.erf(x / np.sqrt(2))) / 2
-
-
-def convolve(x, kernel, pad):
-    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[:2], axis=(1, 2))  # (B, H, W, C, KH, KW)
-    return np.einsum('bhwcij,ijco->bhwo', windows, kernel)
-
-
-def halve(x):
-    """Maxima of 2x2; a last odd row or column is left out."""
-    batch, height, width, channels = x.shape
-    return x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
-
-
 def forward(variables, x, depth, *, train):
     """Logits, and the running statistics after them."""
     params, statistics = variables['params'], variables['batch_stats']
@@ -61,13 +41,13 @@ def forward(variables, x, depth, *, train):
         after.setdefault(block, {})[name] = {key: 0.6 * running[key] + 0.4 * now[key] for key in running}
         return (x - now['mean']) / np.sqrt(now['var'] + 1e-12) + params[block][name]['bias']
 
-    x = gelu(convolve(x, statistics['whitening']['kernel'], 0) + params['whitening']['bias'])
+    x = gelu(convolve(x, statistics['whitening']['kernel'], padding=0) + params['whitening']['bias'])
     for block in ('block1', 'block2', 'block3'):
         kernels = [params[block][f'conv{number}']['kernel'] for number in range(1, depth + 1)]
-        x = shortcut = gelu(norm(block, 'norm1', halve(convolve(x, kernels[0], 1))))
-        x = norm(block, 'norm2', convolve(x, kernels[1], 1))
+        x = shortcut = gelu(norm(block, 'norm1', max_pool(convolve(x, kernels[0]))))
+        x = norm(block, 'norm2', convolve(x, kernels[1]))
         if depth == 3:
-            x = norm(block, 'norm3', convolve(gelu(x), kernels[2], 1)) + shortcut
+            x = norm(block, 'norm3', convolve(gelu(x), kernels[2])) + shortcut
         x = gelu(x)
     return x.max((1, 2)) @ params['classifier']['kernel'] / x.shape[-1], after
 
@@ -75,7 +55,7 @@ def forward(variables, x, depth, *, train):
 @pytest.mark.parametrize('depth', [2, 3])
 def test_network_by_definition(depth):
     model = Airbench(**SMALL, depth=depth)
-    variables = fill(shapes_of(model))
+    variables = fill(shapes_of(model, IMAGES))
     expected, _ = forward(variables, np.float64(IMAGES), depth, train=False)
     logits = jax.jit(partial(model.apply, train=False))(variables, IMAGES)
     assert logits.shape == (4, 5) and logits.dtype == jnp.float32
@@ -97,12 +77,12 @@ def test_parameter_count(config, expected):
     for width in options.widths:
         total += 9 * inputs * width + (options.depth - 1) * 9 * width**2 + options.depth * width
         inputs = width
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == total + 10 * inputs == expected
+    assert count(shapes['params']) == total + 10 * inputs == expected
 
 
 def test_dropout_acts_in_training_alone():
     plain, dropping = Airbench(**SMALL), Airbench(**SMALL, dropout_rate=0.9)
-    variables = fill(shapes_of(plain))
+    variables = fill(shapes_of(plain, IMAGES))
     rngs = {'dropout': jax.random.key(0)}
 
     def logits(model, train):
@@ -139,8 +119,12 @@ def smooth_images(count, height=12, width=15):
 
 def patches(images, size):
     """Every patch, flattened as a kernel is: (patches, size * size * C)."""
-    windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))  # (B, H, W, C, P, P)
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * images.shape[-1]).astype(np.float64)
+    return (
+        windows(images, size, 1, 0)
+        .transpose(0, 1, 2, 4, 5, 3)
+        .reshape(-1, size * size * images.shape[-1])
+        .astype(np.float64)
+    )
 
 
 def test_whitening_by_definition():

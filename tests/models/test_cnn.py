@@ -4,18 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import convolve, count, max_pool, shapes_of
 
 from flax_dlvc.models import CNN, create_model
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-
-
-def shapes_of(model, images=IMAGES):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-
-
-def count(variables):
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def fill(shapes):
@@ -40,29 +33,21 @@ def jitted_apply(model, train, variables, images, key):
 
 @pytest.fixture(scope='module')
 def variables():
-    return fill(shapes_of(CNN(num_classes=10)))
-
-
-def convolve(x, kernel, bias):
-    """3x3, one pixel of zeros around."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2))
-    return np.einsum('bhwcij,ijco->bhwo', windows, kernel, optimize=True) + bias
+    return fill(shapes_of(CNN(num_classes=10), IMAGES))
 
 
 def forward(params, x):
     """The network in NumPy."""
     for stage in range(3):
         layer = params[f'Conv_{stage}']
-        x = np.maximum(convolve(x, layer['kernel'], layer['bias']), 0)
-        batch, height, width, channels = x.shape
-        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+        x = max_pool(np.maximum(convolve(x, layer['kernel']) + layer['bias'], 0))
     x = x.reshape(len(x), -1)
     x = np.maximum(x @ params['Dense_0']['kernel'] + params['Dense_0']['bias'], 0)
     return x @ params['Dense_1']['kernel'] + params['Dense_1']['bias']
 
 
 def test_parameter_count():
-    shapes = shapes_of(CNN(num_classes=10))
+    shapes = shapes_of(CNN(num_classes=10), IMAGES)
     assert set(shapes) == {'params'}
     convolutions = (9 * 3 + 1) * 32 + (9 * 32 + 1) * 64 + (9 * 64 + 1) * 128
     assert count(shapes) == convolutions + (4 * 4 * 128 + 1) * 256 + (256 + 1) * 10 == 620_362
@@ -118,7 +103,7 @@ def test_dropout_is_just_before_the_classifier(variables):
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(variables):
     model = create_model('cnn', num_classes=10, dropout_rate=0.0, dtype='bfloat16')
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(model)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(model, IMAGES)))
     logits, exact = apply(model, variables), apply(CNN(num_classes=10), variables)
     assert logits.dtype == np.float32
     assert 1e-4 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import convolve, count, max_pool, shapes_of
 
 from flax_dlvc.models import ResNet18, create_model
 from flax_dlvc.models.resnet import BasicBlock, ResNet
@@ -13,14 +14,6 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 def make_images(size, batch=2):
     return np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
-
-
-def shapes_of(model, x):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-
-
-def count(variables):
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def fill(shapes):
@@ -45,12 +38,6 @@ def apply(model, variables, x, *, train=False, seed=0):
 @partial(jax.jit, static_argnums=(0, 1))
 def jitted_apply(model, train, variables, x, key):
     return model.apply(variables, x, train=train, rngs={'dropout': key}, mutable=['batch_stats'] if train else [])
-
-
-def convolve(x, kernel, stride, padding):
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], (1, 2))[:, ::stride, ::stride]
-    return np.einsum('bhwcij,ijco->bhwo', windows, kernel, optimize=True)
 
 
 class Reference:
@@ -85,8 +72,7 @@ class Reference:
         x = convolve(x, params['conv1']['kernel'], stride, padding)
         x = np.maximum(self.norm(x, params['bn1'], statistics['bn1']), 0)
         if stem == 'imagenet':
-            padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-            x = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2].max((-2, -1))
+            x = max_pool(x, 3, 2, 1)
         for stage, size in enumerate(stage_sizes):
             for block in range(size):
                 name = f'layer{stage + 1}_{block}'

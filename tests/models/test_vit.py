@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import jax
@@ -6,20 +7,13 @@ import numpy as np
 import pytest
 import scipy.special
 from conftest import maximum_error
+from reference import convolve, count, gelu, max_pool, shapes_of
 
 from flax_dlvc.models import ViT, create_model
 from flax_dlvc.models.vit import Block, SelfAttention, image_to_patches
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
 SMALL = {'num_classes': 5, 'embed_dim': 12, 'hidden_dim': 20, 'num_heads': 3, 'num_layers': 2, 'patch_size': 4}
-
-
-def shapes_of(model, x=IMAGES):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-
-
-def count(variables):
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def fill(shapes):
@@ -42,7 +36,7 @@ def jitted_apply(model, train, variables, x, key):
 
 @pytest.fixture(scope='module')
 def variables():
-    return fill(shapes_of(ViT(**SMALL)))
+    return fill(shapes_of(ViT(**SMALL), IMAGES))
 
 
 # The network in NumPy
@@ -71,9 +65,15 @@ def attention(params, x, num_heads):
 
 def block(params, x, num_heads):
     x = x + attention(params['attn'], layer_norm(params['layer_norm_1'], x), num_heads)
-    y = dense(params['linear_0'], layer_norm(params['layer_norm_2'], x))
-    y = y * (1 + scipy.special.erf(y / np.sqrt(2))) / 2
+    y = gelu(dense(params['linear_0'], layer_norm(params['layer_norm_2'], x)))
     return x + dense(params['linear_3'], y)
+
+
+def stem(params, x):
+    """Two convolutions, each normalised, the maps halved between them."""
+    x = gelu(layer_norm(params['stem_norm_0'], convolve(x, params['stem_0']['kernel']) + params['stem_0']['bias']))
+    x = convolve(max_pool(x), params['stem_1']['kernel']) + params['stem_1']['bias']
+    return gelu(layer_norm(params['stem_norm_1'], x))
 
 
 def forward(params, x, patch_size, num_heads, num_layers):
@@ -112,14 +112,17 @@ def test_convolutional_stem_counts_and_keeps_the_number_of_patches():
     assert jax.eval_shape(partial(model.apply, train=False), shapes, x).shape == (3, 10)
 
 
-def test_stochastic_depth_grows_from_the_first_block_to_the_last(variables):
-    """Two blocks: of many examples alike some lose a branch of the second, none one of the first."""
-    images = np.repeat(IMAGES[:1], 64, axis=0)
-    logits = apply(ViT(**SMALL, stochastic_depth_rate=0.5), variables, images, train=True)
-    # Attention kept or not, MLP kept or not, in the last block alone; a first block that dropped made it up to 16.
-    assert len(np.unique(logits.round(3), axis=0)) == 4
-    evaluated = apply(ViT(**SMALL, stochastic_depth_rate=0.5), variables, images)
-    np.testing.assert_array_equal(evaluated, apply(ViT(**SMALL), variables, images))
+def test_stochastic_depth_grows_from_the_first_block_to_the_last():
+    """Of many examples alike, of three blocks: the shares of those that kept the same branches, attention and MLP."""
+    rate, images = 0.6, np.repeat(IMAGES[:1], 4000, axis=0)
+    plain, model = (ViT(**SMALL | {'num_layers': 3}, stochastic_depth_rate=each) for each in (0.0, rate))
+    variables = fill(shapes_of(plain, IMAGES))
+    logits = apply(model, variables, images, train=True)
+    _, counts = np.unique(logits.round(3), axis=0, return_counts=True)
+    kept = [(1 - each, each) for each in (rate / 2, rate / 2, rate, rate)]  # the first block keeps all
+    expected = [np.prod(shares) for shares in itertools.product(*kept)]
+    np.testing.assert_allclose(sorted(counts / 4000), sorted(expected), atol=0.02)
+    np.testing.assert_array_equal(apply(model, variables), apply(plain, variables))
 
 
 def test_patches_are_rows_first_and_channels_first():
@@ -181,6 +184,14 @@ def test_logits_are_numpys(variables):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+def test_logits_after_a_convolutional_stem_are_numpys():
+    model = ViT(**SMALL, patch_stem='convolutional')
+    variables = fill(shapes_of(model, IMAGES))
+    params = jax.tree.map(np.float64, variables['params'])
+    expected = forward(params, stem(params, IMAGES.astype(np.float64)), 2, 3, 2)
+    assert maximum_error(apply(model, variables), expected) < 1e-4
+
+
 @pytest.mark.parametrize('name', ['cls_token', 'pos_embedding'])
 def test_class_token_and_positions_matter(variables, name):
     changed = {'params': {**variables['params'], name: np.zeros_like(variables['params'][name])}}
@@ -200,7 +211,7 @@ def test_dropout_in_training_only(variables):
 
 def test_dropout_is_on_the_tokens():
     model = ViT(**{**SMALL, 'num_layers': 0}, dropout_rate=0.5)
-    variables = fill(shapes_of(model))
+    variables = fill(shapes_of(model, IMAGES))
     first, second = (apply(model, variables, train=True, seed=seed) for seed in range(2))
     assert np.abs(first - second).max() > 0.1
 
@@ -219,7 +230,7 @@ def test_dropout_is_in_attention_and_in_the_mlp(silenced):
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32(variables):
     model = ViT(**SMALL, dtype=jnp.bfloat16)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(model)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(model, IMAGES)))
     logits, exact = apply(model, variables), apply(ViT(**SMALL), variables)
     assert logits.dtype == np.float32
     assert 1e-4 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
