@@ -12,7 +12,7 @@ from conftest import maximum_error
 
 from flax_dlvc.models import convolution
 
-# (map size, input channels, output channels, kernel, stride, padding)
+# (map size, of one number or two, input channels, output channels, kernel, stride, padding)
 CNN = [(32, 3, 32, 3, 1, 'SAME'), (16, 32, 64, 3, 1, 'SAME'), (8, 64, 128, 3, 1, 'SAME')]
 RESNET = [
     (32, 3, 64, 7, 2, 3),
@@ -52,6 +52,10 @@ UNUSUAL = [
     (8, 72, 64, 3, 1, 'VALID'),
     (8, 64, 64, 3, 1, ((3, 3), (4, 2))),
     (7, 64, 64, 3, 1, 'SAME'),
+    ((5, 8), 3, 7, 3, 1, 'SAME'),
+    ((9, 6), 5, 7, 3, 2, 'SAME'),
+    ((2, 4), 5, 7, 3, 1, 'SAME'),
+    ((6, 10), 64, 64, 3, 1, 'SAME'),
 ]
 SMALL, MIDDLE, LARGE, STRIDED, TILED = RESNET[7], RESNET[4], CNN[1], (9, 5, 7, 3, 2, 'SAME'), CNN[2]
 ROUTES = [SMALL, MIDDLE, LARGE, STRIDED, TILED]  # every branch of `convolve` and its two gradients
@@ -65,7 +69,7 @@ def example(shape: tuple, batch: int = 8, **options: Any) -> tuple[nn.Module, nn
     generator = np.random.default_rng(0)
     x, weights, bias = (
         jnp.asarray(generator.normal(size=shape), jnp.float32)
-        for shape in [(batch, size, size, channels), (kernel, kernel, channels, features), (features,)]
+        for shape in [(batch, *np.broadcast_to(size, 2), channels), (kernel, kernel, channels, features), (features,)]
     )
     return ours, theirs, {'params': {'kernel': weights / np.sqrt(kernel**2 * channels), 'bias': bias}}, x
 

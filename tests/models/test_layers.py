@@ -166,6 +166,19 @@ def test_dropout_gradient_and_type_follow_the_mask():
     np.testing.assert_array_equal(backward(x)[0], y)
 
 
+def test_random_words_are_hashes_of_index_and_key():
+    """With Python's integers: two rounds of lowbias32, one for each half of the key."""
+
+    def lowbias32(word):
+        word = (word ^ word >> 16) * 0x7FEB352D % 2**32
+        word = (word ^ word >> 15) * 0x846CA68B % 2**32
+        return word ^ word >> 16
+
+    key = jax.random.wrap_key_data(np.array([0xDEADBEEF, 0x01234567], np.uint32))
+    expected = [lowbias32((lowbias32(index ^ 0xDEADBEEF) + 0x01234567) % 2**32) for index in range(12)]
+    assert layers.random_words(key, (3, 4)).reshape(-1).tolist() == expected
+
+
 def test_random_words_are_as_good_as_random():
     """Every statistic of 2^20 words per key, and of consecutive keys, within five deviations of chance."""
     count = 2**20
