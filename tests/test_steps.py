@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from flax_dlvc import data, steps
+from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Predictions, Sums, cross_entropy, summarize
 from flax_dlvc.models import create_model
 
@@ -196,7 +197,8 @@ def test_averaged_parameters_come_with_averaged_batch_statistics(split):
 
 
 @pytest.mark.parametrize(
-    ('per_epoch', 'per_call'), [(312, 39), (351, 39), (25, 25), (313, 50), (7, 7), (100, 50), (2 * 53, 50)]
+    ('per_epoch', 'per_call'),
+    [(312, 39), (351, 39), (25, 25), (313, 50), (7, 7), (100, 50), (2 * 53, 50), (2 * 51, 34)],
 )
 def test_calls_divide_the_epoch_on_an_accelerator(per_epoch, per_call, monkeypatch):
     assert steps.default_steps_per_call(per_epoch) == 1
@@ -295,6 +297,38 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
     assert metrics['cross_entropy'] == pytest.approx(expected, rel=1e-5)
     np.testing.assert_array_equal(predictions.classes[:small], logits.argmax(axis=1))
     np.testing.assert_allclose(predictions.confidence[:small], np.exp(log_probabilities.max(axis=1)), rtol=1e-5)
+
+
+def test_a_call_of_one_step_has_no_loop(split):
+    model = make_model()
+    state = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1)
+    evaluation_step = steps.make_evaluation_step(model=model, mean=MEAN, std=STD, devices=jax.devices()[:1])
+    totals = Sums.empty(NUM_CLASSES), Predictions.empty(NUM_EXAMPLES)
+
+    def program(num_steps):
+        indices = np.zeros((1, num_steps, 4), np.int32)
+        return evaluation_step.lower(state.variables, totals, split.images, split.labels, indices).as_text()
+
+    assert 'while' not in program(1)
+    assert 'while' in program(2)
+
+
+def test_logits_are_averaged_over_the_views(split):
+    model, images = make_model(), split.images[:4]
+    variables = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1).variables
+    as_is, mirrored, both = (
+        steps.logits_of(model, variables, each, mean=MEAN, std=STD, views=views)
+        for each, views in ((images, 'none'), (images[:, :, ::-1], 'none'), (images, 'mirror'))
+    )
+    assert np.abs(as_is - mirrored).max() > 1e-2
+    np.testing.assert_allclose(both, (as_is + mirrored) / 2, atol=1e-6)
+
+
+def test_of_each_process_the_first_devices_run():
+    assert steps.run_devices(0) == steps.run_devices(len(jax.devices())) == jax.devices()
+    assert steps.run_devices(1) == jax.devices()[:1]
+    with pytest.raises(ConfigError, match=f'num_devices is 9, but there are {len(jax.devices())} devices'):
+        steps.run_devices(9)
 
 
 def test_calls_cover_the_steps_that_are_left():
