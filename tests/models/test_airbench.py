@@ -80,6 +80,11 @@ def test_parameter_count(config, expected):
     assert count(shapes['params']) == total + 10 * inputs == expected
 
 
+def test_defaults_are_those_of_fast94():
+    options = {'num_classes': 10, 'dropout_rate': 0.0, 'dtype': 'bfloat16'}
+    assert create_model(**options, **fast94.get_config().model) == Airbench(num_classes=10, dtype=jnp.dtype('bfloat16'))
+
+
 def test_dropout_acts_in_training_alone():
     plain, dropping = Airbench(**SMALL), Airbench(**SMALL, dropout_rate=0.9)
     variables = fill(shapes_of(plain, IMAGES))
