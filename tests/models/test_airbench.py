@@ -11,7 +11,7 @@ from reference import convolve, count, gelu, max_pool, shapes_of, windows
 
 from configs import fast94, fast96
 from flax_dlvc.models import create_model
-from flax_dlvc.models.airbench import Airbench, Whitening, dirac_init, unit_uniform_init, whitening_kernel
+from flax_dlvc.models.airbench import Airbench, Block, Whitening, dirac_init, unit_uniform_init, whitening_kernel
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -64,6 +64,7 @@ def test_network_by_definition(depth):
     logits, updated = jax.jit(partial(model.apply, train=True, mutable=['batch_stats']))(variables, IMAGES)
     assert maximum_error(logits, expected) < 1e-4
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), updated['batch_stats'], after)
+    np.testing.assert_array_equal(updated['batch_stats']['whitening']['kernel'], after['whitening']['kernel'])
 
 
 @pytest.mark.parametrize(('config', 'expected'), [(fast94, 1_971_352), (fast96, 9_915_416)])
@@ -113,6 +114,16 @@ def test_dirac_kernel_copies_its_input():
     y = jax.lax.conv_general_dilated(image, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     np.testing.assert_allclose(y[..., :4], image, atol=1e-6)
     assert np.abs(kernel[..., 4:]).max() <= 36**-0.5 and np.std(kernel[..., 4:]) > 0.05
+
+
+def test_blocks_begin_with_copies_and_a_third_convolution_is_residual():
+    """With fresh statistics and a third kernel of zeros, what is left is the map after the first convolution, twice."""
+    block = Block(4, 3, jnp.float32, None)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    variables = block.init(jax.random.key(0), x, train=False)
+    variables['params']['conv3']['kernel'] = jnp.zeros((3, 3, 4, 4))
+    expected = gelu(gelu(max_pool(x)))  # the first convolution copies its input
+    np.testing.assert_allclose(block.apply(variables, x, train=False), expected, atol=1e-5)
 
 
 def smooth_images(count, height=12, width=15):
