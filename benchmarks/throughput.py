@@ -56,7 +56,7 @@ def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
     """A `Setup` on the synthetic split and the first devices."""
     from flax_dlvc import runtime, setup, steps
 
-    runtime.spread_convolutions()
+    runtime.set_cpu_options()
     runtime.keep_freed_memory(num_devices)
     return setup.Setup(config, synthetic_dataset(), steps.run_devices(num_devices))
 

@@ -235,7 +235,7 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
         ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
     """
     runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
-    runtime.spread_convolutions()
+    runtime.set_cpu_options()
     runtime.keep_freed_memory(config.num_devices)
     dataset = data.load(config)
     if not training:

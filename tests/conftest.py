@@ -30,7 +30,7 @@ import jax
 from flax_dlvc import runtime
 from flax_dlvc.errors import GARBAGE_THRESHOLD, STOP_SIGNALS
 
-runtime.spread_convolutions()  # in this process as in those that it starts, to the same bits
+runtime.set_cpu_options()  # in this process as in those that it starts, to the same bits
 runtime.keep_compiled_programs(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled'))
 
 gc.set_threshold(GARBAGE_THRESHOLD)  # as in every command

@@ -20,13 +20,17 @@ import jax.numpy as jnp
 
 from flax_dlvc import runtime
 
-runtime.spread_convolutions()
-runtime.spread_convolutions()
+runtime.set_cpu_options()
+runtime.set_cpu_options()
 num_devices = int(sys.argv[1])
 runtime.keep_freed_memory(num_devices)
 convolve = jax.jit(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), 'SAME'))
 x, kernel = jnp.ones((64, 64, 32, 32)), jnp.ones((64, 64, 3, 3))
-print('ynn' in convolve.lower(x, kernel).compile().as_text(), os.environ['XLA_FLAGS'])
+print('ynn' in convolve.lower(x, kernel).compile().as_text())
+multiply = jax.jit(jnp.dot)
+x = jnp.ones((512, 512))
+print('ynn' in multiply.lower(x, x).compile().as_text())
+print(os.environ['XLA_FLAGS'])
 increment = jax.pmap(lambda x: x + 1, devices=jax.devices()[:num_devices])
 x = jnp.ones((num_devices, 16, 1024, 1024))  # 64 MiB: glibc always maps more than 32 anew, unless told otherwise
 faults = []
@@ -51,11 +55,18 @@ def first_lines(num_devices, **environment):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="mallopt is glibc's")
 @pytest.mark.parametrize('num_devices', [1, 2])
-def test_convolutions_use_all_cores_and_freed_memory_is_kept(num_devices):
+def test_eigen_computes_and_freed_memory_is_kept(num_devices):
     """In a process of its own: both have to come before JAX's first use of a device."""
-    program, faults = first_lines(num_devices, XLA_FLAGS='--xla_cpu_enable_fast_math=false')
-    option = f'{runtime.YNNPACK_FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
-    assert program == f'False --xla_cpu_enable_fast_math=false {option}'
+    convolution, product, flags, faults = first_lines(num_devices, XLA_FLAGS='--xla_cpu_enable_fast_math=false')
+    assert (convolution, product) == ('False', 'False')
+    assert flags == ' '.join(
+        [
+            '--xla_cpu_enable_fast_math=false',
+            '--xla_cpu_experimental_ynn_fusion_type='
+            '-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,-LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT',
+            '--xla_cpu_prefer_vector_width=512',
+        ]
+    )
     assert int(faults) < 100  # of the 16,384 pages of the result
 
 
@@ -73,17 +84,19 @@ jax.jit(lambda x: 2 * x)(1.0)
     assert len([*tmp_path.glob('jit__lambda*-cache')]) == kept
 
 
-def test_convolutions_stay_as_the_user_has_chosen(monkeypatch):
-    chosen = f'{runtime.YNNPACK_FLAG}=LIBRARY_FUSION_TYPE_DOT'
-    monkeypatch.setenv('XLA_FLAGS', chosen)
-    runtime.spread_convolutions()
-    assert os.environ['XLA_FLAGS'] == chosen
+@pytest.mark.parametrize('name', runtime.CPU_OPTIONS)
+def test_an_option_stays_as_the_user_has_chosen(name, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', f'{name}=chosen')
+    runtime.set_cpu_options()
+    flags = os.environ['XLA_FLAGS'].split()
+    assert flags[0] == f'{name}=chosen'
+    assert {flag.split('=')[0] for flag in flags[1:]} == set(runtime.CPU_OPTIONS) - {name}
 
 
 @pytest.mark.parametrize('version', [(0, 9, 2), (0, 13, 0)])
-def test_convolutions_are_left_alone_where_the_option_is_not_known(version, monkeypatch):
+def test_no_option_is_set_where_it_may_not_be_known(version, monkeypatch):
     """XLA ends the process on an unknown one."""
     monkeypatch.setattr(jaxlib.version, '__version_info__', version)
     monkeypatch.delenv('XLA_FLAGS', raising=False)
-    runtime.spread_convolutions()
+    runtime.set_cpu_options()
     assert 'XLA_FLAGS' not in os.environ

@@ -232,7 +232,7 @@ class Conv(nn.Module):
     """`nn.Conv` for maps (B, H, W, C), without groups and dilation: same parameters, same results.
 
     On a CPU, forward pass, input gradient and kernel gradient each take the fastest route for their shape; the
-    convolutions among them want `runtime.spread_convolutions`. 2x2x256, forward and backward: 60x.
+    convolutions among them want `runtime.set_cpu_options`. 2x2x256, forward and backward: 60x.
     """
 
     features: int

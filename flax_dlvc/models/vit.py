@@ -39,14 +39,10 @@ class SelfAttention(nn.Module):
         query, key, value = (
             part.reshape(batch, tokens, self.num_heads, head_dim) for part in jnp.split(qkv, 3, axis=-1)
         )
-        dropout = Dropout(self.dropout_rate)
-
-        def on_weights(weights: jax.Array) -> jax.Array:  # (B, A, Q, N)
-            self.sow('intermediates', 'attention_weights', weights)
-            return dropout(weights, deterministic=not train)
-
-        x = attention(query[:, : self.num_queries], key, value, on_weights).reshape(batch, -1, embed_dim)
-        return nn.Dense(embed_dim, dtype=self.dtype, name='out_proj')(x)
+        dropout = partial(Dropout(self.dropout_rate), deterministic=not train)
+        x, weights = attention(query[:, : self.num_queries], key, value, dropout)
+        self.sow('intermediates', 'attention_weights', weights)  # (B, A, Q, N)
+        return nn.Dense(embed_dim, dtype=self.dtype, name='out_proj')(x.reshape(batch, -1, embed_dim))
 
 
 class Block(nn.Module):

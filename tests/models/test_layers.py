@@ -227,15 +227,32 @@ def test_gelu_has_a_short_gradient():
 def test_attention_equals_flax():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 65, 8, 32))
     value = lambda function: lambda *qkv: (function(*qkv) ** 2).sum()  # noqa: E731
-    result = jax.jit(jax.value_and_grad(value(layers.attention), argnums=(0, 1, 2)))(q, k, v)
+    ours = lambda *qkv: layers.attention(*qkv)[0]  # noqa: E731
+    result = jax.jit(jax.value_and_grad(value(ours), argnums=(0, 1, 2)))(q, k, v)
     reference = jax.jit(jax.value_and_grad(value(nn.dot_product_attention), argnums=(0, 1, 2)))(q, k, v)
     assert maximum_error(result, reference) < 1e-5
 
 
+def test_attention_gives_its_weights():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 65, 8, 32))
+    _, weights = layers.attention(q, k, v)
+    assert weights.shape == (2, 8, 65, 65)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights, nn.dot_product_attention_weights(q, k), atol=1e-6)
+
+
 def test_attention_drops_weights():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 65, 8, 32))
-    seen = []
-    result = layers.attention(q, k, v, dropout=lambda weights: seen.append(weights) or 2 * weights)
-    assert seen[0].shape == (2, 8, 65, 65)
-    np.testing.assert_allclose(seen[0].sum(axis=-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(result, 2 * layers.attention(q, k, v), rtol=1e-5)
+    mask = jax.random.bernoulli(jax.random.key(1), 0.9, (2, 8, 65, 65)) / 0.9
+    result, weights = layers.attention(q, k, v, dropout=lambda weights: weights * mask)
+    np.testing.assert_allclose(weights, layers.attention(q, k, v)[1])  # before it
+    np.testing.assert_allclose(result, jnp.einsum('bhqk,bkhd->bqhd', weights * mask, v), atol=1e-5)
+    doubled, _ = layers.attention(q, k, v, dropout=lambda weights: 2 * weights)
+    np.testing.assert_allclose(doubled, 2 * layers.attention(q, k, v)[0], rtol=1e-5)
+
+
+def test_attention_of_large_scores_is_finite():
+    q, k, v = 100 * jax.random.normal(jax.random.key(0), (3, 2, 65, 8, 32))
+    result, gradient = jax.value_and_grad(lambda *qkv: (layers.attention(*qkv)[0] ** 2).sum(), (0, 1, 2))(q, k, v)
+    assert np.isfinite(result)
+    assert all(np.isfinite(each).all() for each in gradient)
