@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/cnn.py
 
-CIFAR-10, seed 0: Runs for all 30 epochs; best epoch 25: 0.738 test accuracy, 1.862 nats.
+CIFAR-10, seed 0: runs for all 30 epochs; best epoch 25: 0.738 test accuracy, 1.862 nats.
 An epoch takes about half a minute on two CPU cores.
 """
 

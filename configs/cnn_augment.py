@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/cnn_augment.py
 
-CIFAR-10, seed 0: Runs for all 30 epochs, the last one best: 0.753 test accuracy, 0.733 nats.
+CIFAR-10, seed 0: runs for all 30 epochs; best epoch 30: 0.752 test accuracy, 0.733 nats.
 An epoch takes about half a minute on two CPU cores.
 """
 

@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/cnn_dropout_augment.py
 
-CIFAR-10, seed 0: 0.545 validation accuracy after two epochs.
+CIFAR-10, seed 0: runs for all 30 epochs; best epoch 30: 0.729 test accuracy, 0.777 nats.
 An epoch takes about half a minute on two CPU cores.
 """
 

@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/resnet18_augment.py
 
-CIFAR-10, seed 0: 0.524 validation accuracy after two epochs.
+CIFAR-10, seed 0: runs for all 30 epochs; best epoch 30: 0.763 test accuracy, 0.699 nats.
 An epoch takes about a minute on two CPU cores.
 """
 

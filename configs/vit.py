@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/vit.py
 
-CIFAR-10, seed 0: 0.510 validation accuracy after one epoch; best epoch 28 of 30: 0.625 test accuracy, 2.560 nats.
+CIFAR-10, seed 0: runs for all 30 epochs; best epoch 28: 0.625 test accuracy, 2.560 nats.
 An epoch takes about seven to eight minutes on two CPU cores.
 """
 

@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/vit_augment.py
 
-CIFAR-10, seed 0: 0.428 validation accuracy after one epoch; best epoch 30 of 30: 0.668 test accuracy, 0.944 nats.
+CIFAR-10, seed 0: runs for all 30 epochs; best epoch 30: 0.668 test accuracy, 0.944 nats.
 An epoch takes about seven to eight minutes on two CPU cores.
 """
 

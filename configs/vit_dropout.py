@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/vit_dropout.py
 
-CIFAR-10, seed 0: 0.452 validation accuracy after one epoch.
+CIFAR-10, seed 0: stops after epoch 26 of 30; best epoch 21: 0.654 test accuracy, 1.056 nats.
 An epoch takes about seven to eight minutes on two CPU cores.
 """
 

@@ -2,7 +2,7 @@
 
 python -m flax_dlvc.main --config configs/vit_dropout_augment.py
 
-CIFAR-10, seed 0: 0.409 validation accuracy after one epoch; best epoch 24 of 29: 0.601 test accuracy, 1.124 nats.
+CIFAR-10, seed 0: stops after epoch 29 of 30; best epoch 24: 0.601 test accuracy, 1.124 nats.
 An epoch takes about seven to eight minutes on two CPU cores, 1.2 s on an H200.
 """
 

@@ -26,8 +26,8 @@ from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
 from flax_dlvc.folder import Folder
 from flax_dlvc.profiling import timed
 
-# Per-channel statistics of CIFAR-10's training images in [0, 1], as the report's course handed them out. Other
-# datasets' are computed from their training split.
+# Per-channel statistics of CIFAR-10's 50,000 training images in [0, 1]. Other datasets' are computed from their training
+# split.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import itertools
+import json
 import re
 import shlex
 import sys
@@ -157,6 +159,21 @@ def test_results_are_those_of_the_runs_beside_them():
     rows = [[text(cell) for _, text in columns] for cell in cells]
     in_readme = re.search(r'^\| Model \|.*?\n(?=\n)', (ROOT / 'README.md').read_text(), re.S | re.M)
     assert in_readme and in_readme[0] == tables.markdown(README_COLUMNS, rows)
+
+
+@pytest.mark.parametrize(
+    'name', [results.config_name(*cell) for cell in itertools.product(results.MODELS, results.REGULARIZATIONS)]
+)
+def test_config_says_what_its_run_with_seed_0_came_to(name):
+    run = ROOT / 'docs' / 'results' / 'runs' / name / 'seed_0'
+    result, config = (json.loads((run / file).read_text()) for file in ('result.json', 'config.json'))
+    if result['stopped_early']:
+        ended = f'stops after epoch {result["epochs_run"]} of {config["num_epochs"]}'
+    else:
+        ended = f'runs for all {config["num_epochs"]} epochs'
+    test = f'{result["test"]["accuracy"]:.3f} test accuracy, {result["test"]["cross_entropy"]:.3f} nats'
+    line = f'CIFAR-10, seed 0: {ended}; best epoch {result["best_epoch"]}: {test}.'
+    assert line in importlib.import_module(f'configs.{name}').__doc__.splitlines()
 
 
 def test_imports_point_up_the_list_of_files():
