@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from flax_dlvc.distributed import barrier, is_main
 from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.profiling import timed
+from flax_dlvc.rundir import write_text
 from flax_dlvc.steps import TrainState
 from flax_dlvc.stopping import Stopping
 
@@ -47,21 +48,31 @@ class Progress:
     rewinds: int = 0
 
 
+PROGRESS_FILE = 'metadata'  # in a checkpoint's directory `progress`
+
+
 class DamagedError(Exception):
     """A checkpoint is not what was saved."""
 
 
 class _LatestAndBest:
-    """Orbax preservation policy: keeps the latest `keep_latest` checkpoints and the one of `best_step`."""
+    """Orbax preservation policy: keeps the latest `keep_latest` checkpoints and what each of them has as the best.
+
+    An older one's, too, or a run that has to go on from it would miss its best.
+
+    Attributes:
+        best_steps: by training step, that of its checkpoint's `Progress`.
+    """
 
     def __init__(self, keep_latest: int):
         self.keep_latest = keep_latest
-        self.best_step: int | None = None
+        self.best_steps: dict[int, int | None] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         latest = {checkpoint.step for checkpoint in checkpoints[-self.keep_latest :]}
-        return [checkpoint.step in latest or checkpoint.step == self.best_step for checkpoint in checkpoints]
+        kept = latest | {self.best_steps.get(step) for step in (*latest, max(self.best_steps, default=None))}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -84,7 +95,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
-                item_handlers={'state': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    'state': ocp.StandardCheckpointHandler(),
+                    'progress': ocp.JsonCheckpointHandler(PROGRESS_FILE),
+                },
             )
         except OSError as error:
             raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
@@ -119,8 +133,8 @@ class Checkpoints:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Saves asynchronously; the state may be freed as soon as this returns.
 
-        A step that is saved already stays as it is, as the same step always has the same state; unless an epoch has
-        ended since: then the run was stopped in the validation of that epoch, and its progress says nothing of it.
+        A step that is saved already stays as it is, as the same step always has the same state. Where an epoch has
+        ended since, the run was stopped in the validation of that epoch, and the progress alone is written anew.
 
         Raises:
             StorageError: this save or the one before failed.
@@ -128,26 +142,30 @@ class Checkpoints:
         """
         self._check_there()
         step = int(state.step)
-        self._policy.best_step = progress.best_step
-        if step in self.steps:
+        self._policy.best_steps[step] = progress.best_step
+        saved = step in self.steps
+        if saved:
             self.wait()
             if self._is_as_far(step, progress):
                 return
-            self._delete(step)
         fingerprints, finite = inspect(state)
         if not finite:
             raise FloatingPointError(f'the state of step {step} is not finite')
-        content = {
+        content: dict[str, Any] = {
             'progress': dataclasses.asdict(progress),
             'fingerprints': fingerprints,
             'versions': versions(),
         }
+        content['crc32'] = _crc32(content)
+        if saved:
+            if is_main():
+                write_text(self.directory / str(step) / 'progress' / PROGRESS_FILE, json.dumps(content))
+            barrier(f'progress of step {step}')
+            return
         try:
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(content | {'crc32': _crc32(content)})
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(content)),
             )
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
             raise self._storage_error(error) from error
@@ -212,6 +230,7 @@ class Checkpoints:
             if damaged:
                 barrier(f'set aside above {step}')
                 self._manager.reload()
+            self._policy.best_steps = {step: self._best_of(step) for step in self.steps}
             return restored
         if damaged:
             newest, damage = damaged[0]
@@ -283,18 +302,18 @@ class Checkpoints:
     def _read_progress(self, step: int) -> Progress:
         return _progress(self._read_content(step))
 
+    def _best_of(self, step: int) -> int | None:
+        try:
+            return self._read_progress(step).best_step
+        except DamagedError:
+            return None
+
     def _is_as_far(self, step: int, progress: Progress) -> bool:
         """By the number of epochs, on which all processes agree; the speeds in their histories differ."""
         try:
             return len(self._read_progress(step).history) == len(progress.history)
         except DamagedError:
             return False
-
-    def _delete(self, step: int) -> None:
-        try:
-            self._manager.delete(step)
-        except Exception as error:  # as when saving
-            raise self._storage_error(error) from error
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / 'damaged' / str(step)

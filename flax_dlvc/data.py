@@ -26,7 +26,7 @@ from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
 from flax_dlvc.folder import Folder
 from flax_dlvc.profiling import timed
 
-# Per-channel statistics of CIFAR-10's 50,000 training images in [0, 1]. Other datasets' are computed from their training
+# Per-channel statistics of CIFAR-10's 50,000 training images in [0, 1]. Other datasets' are of their training
 # split.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)

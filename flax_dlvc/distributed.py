@@ -61,6 +61,8 @@ def joined() -> Iterator[None]:
         ConfigError: the environment is incomplete or contradicts itself.
         PeerError: the others did not come, or another process is gone.
     """
+    if process_id() >= num_processes():  # without NUM_PROCESSES, too: as another than process 0 it would write nothing
+        raise ConfigError(f'PROCESS_ID is {process_id()}, but NUM_PROCESSES is {num_processes()}')
     if num_processes() == 1:
         yield
         return
@@ -104,7 +106,7 @@ class Agreement:
         client, request, announcement = _client(), f'{self._name}/wanted', f'{self._name}/announced'
         self._calls += 1
         if wanted:
-            client.key_value_set(request, str(wanted), allow_overwrite=True)
+            client.key_value_set(request, str(int(wanted)), allow_overwrite=True)  # True is '1'
         said = dict(client.key_value_dir_get(self._name))
         if is_main() and request in said and announcement not in said:
             said[announcement] = f'{self._calls + 2} {said[request]}'
@@ -117,8 +119,6 @@ def _join() -> None:
     address = os.environ.get('COORDINATOR_ADDRESS', '')
     if not re.fullmatch(r'.+:\d+', address):
         raise ConfigError(f'COORDINATOR_ADDRESS must be HOST:PORT of process 0, not {address!r}')
-    if process_id() >= num_processes():
-        raise ConfigError(f'PROCESS_ID is {process_id()}, but NUM_PROCESSES is {num_processes()}')
     ids = os.environ.get('LOCAL_DEVICE_IDS', '')
     if not re.fullmatch(r'(\d+(,\d+)*)?', ids):
         raise ConfigError(f'LOCAL_DEVICE_IDS must be numbers with commas between them, not {ids!r}')

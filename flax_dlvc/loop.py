@@ -345,7 +345,7 @@ class Monitor:
         """Takes note of a call that has been handed to the devices and ends with `step`."""
         self._look()
         self._pending = (step, sums)
-        if sums.loss.total.is_ready():  # a CPU, where a step runs in the thread that calls it
+        if self._setup.devices[0].platform == 'cpu':  # where a step runs in the thread that calls it
             self._look()
 
     def finish(self) -> float:

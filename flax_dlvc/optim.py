@@ -28,7 +28,11 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int, peak: float | jax.Ar
     elif config.schedule.name == 'linear':
         after_warmup = optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup_steps))
     elif config.schedule.name == 'exponential':
-        after_warmup = optax.exponential_decay(peak, steps_per_epoch, config.schedule.decay_per_epoch, staircase=True)
+        decay = optax.exponential_decay(peak, 1, config.schedule.decay_per_epoch)
+
+        def after_warmup(step: jax.Array) -> jax.Array:
+            # optax would divide as floats, which XLA makes a product: 61 steps by 1/61 are less than an epoch.
+            return decay(step // steps_per_epoch)
     else:
         after_warmup = optax.constant_schedule(peak)
     if not warmup_steps:

@@ -114,13 +114,27 @@ def write_dataset(workdir: Path, dataset: data.Dataset) -> None:
     """Writes dataset.json, what a trained model has to know of its dataset, unless it is there already.
 
     Raises:
-        ConfigError: it is there and says otherwise: the dataset has changed since the run began.
+        ConfigError: it is there and says otherwise: see `check_dataset`.
     """
     path = workdir / 'dataset.json'
-    if not path.exists():
+    if path.exists():
+        check_dataset(workdir, dataset)
+    else:
         write_text(path, json.dumps(dataset.describe(), indent=2) + '\n')
-    elif read_dataset(workdir).describe() != dataset.describe():
-        raise ConfigError(f'{dataset.name} is not what {path} says of it any more; choose another --workdir')
+
+
+def check_dataset(workdir: Path, dataset: data.Dataset) -> None:
+    """That a dataset is the one which a run began with, by classes, shape, mean and standard deviation.
+
+    Raises:
+        ConfigError: it has changed since, or dataset.json is missing or damaged.
+    """
+    if read_dataset(workdir).describe() != dataset.describe():
+        path = workdir / 'dataset.json'
+        raise ConfigError(
+            f'{dataset.name} is not what {path} says of it any more; bring back what the run began with, '
+            'or train anew in another --workdir'
+        )
 
 
 def read_dataset(workdir: Path) -> data.Dataset:

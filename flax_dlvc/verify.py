@@ -24,10 +24,12 @@ def verify(workdir: Path) -> Iterator[Finding]:
     """Checks a run directory, one finding at a time.
 
     Raises:
-        ConfigError: it is not a run directory, or its dataset cannot be had.
+        ConfigError: it is not a run directory, or its dataset cannot be had or has changed.
     """
     setup = set_up(rundir.read_config(workdir), training=False)
     yield 'config.json', None
+    rundir.check_dataset(workdir, setup.dataset)  # no checkpoint says anything of another one
+    yield 'dataset.json', None
     result = rundir.read_result(workdir)
     progress: Progress | None = None
     with Checkpoints(workdir, read_only=True) as checkpoints:

@@ -101,6 +101,45 @@ def test_the_best_is_kept_when_saving_goes_on_in_another_process(tmp_path):
     assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['10', '40']
 
 
+def epochs_in_processes_of_their_own(workdir, best_epochs):
+    """Saves an epoch for each entry, as `keep_checkpoints=2` and a process for each do."""
+    state = make_state()
+    for epoch, best_epoch in enumerate(best_epochs, 1):
+        with Checkpoints(workdir, keep_latest=2) as checkpoints:
+            checkpoints.restore_latest(state)
+            checkpoints.save(state.replace(step=state.step + 10 * epoch), make_progress(epoch, best_epoch))
+
+
+def test_the_best_of_an_older_one_that_is_kept_is_kept(tmp_path):
+    epochs_in_processes_of_their_own(tmp_path, [1, 1, 1, 4])
+    shutil.rmtree(tmp_path / 'checkpoints' / '40' / 'state')
+    with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
+        _, progress = checkpoints.restore_latest(make_state())
+        assert len(progress.history) == 3
+        assert checkpoints.find('best') == 10
+        checkpoints.restore(10, make_state())
+
+
+def test_no_other_checkpoint_is_kept(tmp_path):
+    epochs_in_processes_of_their_own(tmp_path, [1, 1, 1, 4, 4])
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['40', '50']
+
+
+def test_an_epoch_that_ends_after_its_state_was_saved_is_noted_in_place(tmp_path):
+    """As when a run was stopped in validation: whatever happens meanwhile, the state is there."""
+    state = make_state(10, seed=5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, Progress())
+    files = {path: path.stat().st_ino for path in (tmp_path / 'checkpoints' / '10' / 'state').rglob('*')}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(checkpoints.restore_latest(state)[0], make_progress(1, 1))
+        assert checkpoints.find('best') == 10
+    assert files == {path: path.stat().st_ino for path in (tmp_path / 'checkpoints' / '10' / 'state').rglob('*')}
+    restored, progress = restore(tmp_path, 10)
+    assert progress == make_progress(1, 1)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
 def test_another_models_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state(10, hidden_dim=32), make_progress(1, 1))

@@ -151,7 +151,7 @@ def test_stopped_by_signals_and_killed_the_run_goes_on_to_the_same_bits(tmp_path
 
     flags = [*flags, '--workdir', tmp_path / 'run']
     for receiver in (0, 1):
-        processes = start_processes(2, 1, *flags)
+        processes = start_processes(2, 1, *flags, '--config.checkpoint_every_minutes=0.0001')  # both agree when
         wait_for_checkpoint(tmp_path / 'run')
         processes[receiver].send_signal(signal.SIGTERM)
         codes, _, errors = finish(processes)
@@ -193,6 +193,7 @@ def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_pro
     ('environment', 'message'),
     [
         ({'NUM_PROCESSES': '2', 'PROCESS_ID': '0'}, 'COORDINATOR_ADDRESS must be HOST:PORT'),
+        ({'PROCESS_ID': '1'}, 'PROCESS_ID is 1, but NUM_PROCESSES is 1'),
         ({'NUM_PROCESSES': 'two'}, "NUM_PROCESSES must be a whole number, not 'two'"),
         ({'NUM_PROCESSES': '2', 'PROCESS_ID': '2', 'COORDINATOR_ADDRESS': 'localhost:1'}, 'PROCESS_ID is 2, but'),
         (

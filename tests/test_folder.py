@@ -184,6 +184,12 @@ def test_train_predict_and_export_on_own_images(tmp_path, command):
     assert {entry['class'] for entry in records[0]['predictions']} == set(COLORS)
     about = json.loads((tmp_path / 'exported' / 'model.json').read_text())
     assert about['class_names'] == sorted(COLORS) and about['input']['shape'] == ['batch', 32, 32, 3]
+    (folder / 'red').rename(folder / 'wine')  # then another class comes last
+    for module in ('evaluate', 'verify'):
+        done = command(module, '--workdir', tmp_path / 'run')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1
+        assert 'dataset.json says of it any more; bring back what the run began with' in done.stderr
+    (folder / 'wine').rename(folder / 'red')
     (folder / 'red' / 'notes.txt').write_text('words')
     done = command('main', *tiny, f'--config.dataset=folder:{folder}', '--workdir', tmp_path / 'new')
     assert (done.returncode, done.stdout) == (2, '') and not (tmp_path / 'new').exists()

@@ -39,6 +39,15 @@ def test_exponential_falls_after_each_epoch():
     assert rates(steps, **{'schedule.decay_per_epoch': 0.1}) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize('steps_per_epoch', [41, 61, 107, 312])
+def test_compiled_exponential_falls_on_the_first_step_of_an_epoch(steps_per_epoch):
+    schedule = make_schedule(make_config(), steps_per_epoch, 0.5)
+    first = steps_per_epoch * jnp.arange(1, 31)
+    epoch = np.arange(1, 31)
+    np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(first), 0.5 * 0.9**epoch, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(first - 1), 0.5 * 0.9 ** (epoch - 1), rtol=1e-5)
+
+
 def test_cosine_ends_at_zero():
     steps = [0, 1, 10, 20, 30, 39, 40]
     expected = [0.25 * (1 + math.cos(math.pi * step / 40)) for step in steps]

@@ -25,6 +25,7 @@ def test_a_whole_run_is_ok(finished_run, command):
     checked = [line.removesuffix(': ok') for line in done.stdout.splitlines()]
     assert checked == [
         'config.json',
+        'dataset.json',
         'checkpoint of step 8',
         'checkpoint of step 12',
         'result.json',
