@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_dlvc import pictures
-from flax_dlvc.errors import StorageError
+from flax_dlvc.errors import ConfigError, StorageError
 
 # Grad-CAM takes the last map of at least this height and width. The textbook's choice, the very last map, is a single
 # pixel in a ResNet18 with the ImageNet stem on 32x32 images, and says nothing about where.
@@ -32,9 +32,12 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
 
     Returns:
         (B, h, w) in [0, 1], for a grid of h times w places.
+
+    Raises:
+        ConfigError: the model has neither attention nor maps that it exposes.
     """
     _, captured = model.apply(variables, images, train=False, mutable=['intermediates'])
-    intermediates = captured['intermediates']
+    intermediates = captured.get('intermediates', {})
     # ('transformer_0', 'attn', 'attention_weights', 0), in the order of the layers
     weights = [
         leaf
@@ -46,6 +49,8 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
         heat = attention_rollout(weights)[:, 0, 1:].reshape(len(images), rows, -1)
     else:
         maps = {name: sown[0] for name, sown in intermediates.items() if name.startswith('map_')}
+        if not maps:
+            raise ConfigError(f'{type(model).__name__} shows no maps to explain it by; see models.layers.expose')
         large = [name for name in sorted(maps) if min(maps[name].shape[1:3]) >= SMALLEST_MAP]
         heat = grad_cam(model, variables, images, classes, (large or sorted(maps))[-1], maps)
     return heat / jnp.maximum(heat.max(axis=(1, 2), keepdims=True), jnp.finfo(heat.dtype).tiny)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flax_dlvc.errors import ConfigError
 from flax_dlvc.explain import attention_rollout, draw, explain, grad_cam
 from flax_dlvc.models import CNN, Airbench, ResNet18, ViT
 from flax_dlvc.models.layers import expose
@@ -47,6 +48,19 @@ class Quadrants(nn.Module):
     def __call__(self, x, *, train):
         x = expose(self, 'map_0', x)
         return x.mean(axis=(1, 2))
+
+
+class Dark(nn.Module):
+    """Shows nothing."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return x.mean(axis=(1, 2))
+
+
+def test_a_model_that_shows_nothing_is_named():
+    with pytest.raises(ConfigError, match='Dark shows no maps'):
+        explain(Dark(), {}, jnp.asarray(IMAGES), jnp.array([0, 0]))
 
 
 def test_grad_cam_finds_the_pixels_that_make_the_class():
