@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overhead, scaling, throughput, utilization
-from benchmarks.results import Results
+from benchmarks.results import Results, machine
 from benchmarks.scaling import MODELS
 
 PARTS = ('throughput', 'utilization', 'startup', 'overhead', 'saving', 'scaling')
@@ -48,7 +48,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if 'throughput' in arguments.parts:
             for case in cases:
                 value = throughput.compare(case, peers, rounds=rounds, turn_seconds=turn_seconds)
-                keep('throughput', str(case), value)
+                keep('throughput', f'{case}, {machine()["processor"]}', value)  # elsewhere ratios are others
         if 'utilization' in arguments.parts:
             for case in cases:
                 for stem in ('imagenet', 'cifar') if model == 'resnet18' else ('imagenet',):

@@ -56,7 +56,7 @@ def render(results: dict[str, Any]) -> str:
         '',
         'Written by `python -m benchmarks`. Ratios are lowest / median / highest over turns in which the contenders',
         'work one after the other; above 1, ours is faster. On a CPU only ratios mean anything: the speed of a shared',
-        'machine changes by the minute.',
+        'machine changes by the minute, and which of two programs is faster depends on the processor.',
     ]
     parts = {
         'throughput': ('Our steps against PyTorch', _throughput),

@@ -33,11 +33,14 @@ def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
     (tmp_path / 'benchmarks.json').write_text('{"throughput": {}, "other": {"kept": 1}}')
     options = ('--batch-sizes', '16', '--dtypes', 'float32', '--peers', 'eager')
     figures, page, printed = measure(tmp_path, 'throughput', *options)
-    ours = figures['throughput']['cnn, batch 16, float32']['value']['contenders']['ours']
+    ((case, entry),) = figures['throughput'].items()
+    assert case == f'cnn, batch 16, float32, {results.machine()["processor"]}'
+    contenders = entry['value']['contenders']
+    ours = contenders['ours']
     assert len(ours['train']) == len(ours['evaluate']) == 1 and ours['train'][0] > 0 and ours['peak_bytes'] > 2**26
     assert figures['other'] == {'kept': 1}
-    assert '| cnn, batch 16, float32 |' in page
-    if 'eager' in figures['throughput']['cnn, batch 16, float32']['value']['contenders']:
+    assert f'| {case} |' in page
+    if 'eager' in contenders:
         return
     assert 'torch is not installed' in printed
 
@@ -65,11 +68,11 @@ def test_readme_states_the_committed_figures():
         table = page.partition(title)[2]
         return [re.search(rf'\n\| {model}{figure}', table)[1] for model in scaling.MODELS]
 
-    last_column = r', batch 128, float32 \|.*\*\*([\d.]+)\*\*'
-    training, evaluation = medians('**Training step**', last_column), medians('**Evaluation step**', last_column)
+    for title, phase in (('**Training step**', 'training step'), ('**Evaluation step**', 'evaluation step')):
+        for processor, name in (('AMD EPYC', 'AMD EPYC'), ('Intel Xeon', r'Intel\(R\) Xeon\(R\) Processor')):
+            figures = medians(title, rf', batch 128, float32, {name}, 2 cores \|.*\*\*([\d.]+)\*\*')
+            assert f'| {phase}, {processor} | {" | ".join(figures)} |' in readme
     loop = medians('## Around the step', r' \| [\d,]+ \| [\d.]+ / \*\*([\d.]+)')
-    assert '{} (CNN), {} (ResNet18) and {} (ViT) times as fast'.format(*training) in readme
-    assert 'an evaluation step {}, {} and {} times'.format(*evaluation) in readme
     assert 'a run has {}, {} and {} of the speed'.format(*loop) in readme
 
 
