@@ -44,9 +44,10 @@ class Results:
     def keep(self, part: str, name: str, value: Any) -> None:
         """Writes both files, with the figures of one more case."""
         self._results.setdefault(part, {})[name] = {'machine': machine(), 'value': value}
+        page = render(self._results)  # before anything is replaced: what cannot be rendered is not kept
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / 'benchmarks.json').write_text(json.dumps(self._results, indent=1) + '\n')
-        (self._directory / 'benchmarks.md').write_text(render(self._results))
+        (self._directory / 'benchmarks.md').write_text(page)
 
 
 def render(results: dict[str, Any]) -> str:

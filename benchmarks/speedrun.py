@@ -117,6 +117,8 @@ def main(argv: list[str]) -> None:
     script = Path(flag_values.peer) if flag_values.peer else None
     if script is not None and not script.is_file():
         raise ConfigError(f'--peer: {script} is not there')
+    if flag_values.output and not flag_values.runs:
+        raise ConfigError('--output keeps runs, and --runs=0 has none; leave one of them out')
     results = compare(set_up(flag_values.config), flag_values.runs, script)
     name = flag_values.config.name
     for contender in ('ours', 'peer') if flag_values.runs else ():

@@ -5,6 +5,7 @@ Shapes: B batch, N images, H height, W width, C channels, K classes.
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ def write(figure: Any, path: Path) -> None:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Gives a path of the same suffix to write to; it becomes the file once all went well, and is gone otherwise."""
-    temporary = path.with_name(f'.{path.name}')
+    temporary = path.with_name(f'.{os.getpid()}.{path.name}')  # two commands may write the same file
     try:
         yield temporary
         temporary.replace(path)

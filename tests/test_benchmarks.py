@@ -264,6 +264,17 @@ def test_mean_has_a_standard_error():
     assert results.mean_and_error([0.5]) == '0.5000'
 
 
+def test_speedrun_without_runs_replaces_nothing(small_run_flags, tmp_path):
+    done = run_speedrun('--runs', 0, *small_run_flags, '--output', tmp_path)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: --output keeps runs')
+    assert not list(tmp_path.iterdir())
+    kept = results.Results(tmp_path)
+    with pytest.raises(ValueError, match='data'):
+        kept.keep('speedrun', 'cnn', {'device': 'CPU', 'flops': {}, 'ours': {'accuracy': [], 'seconds': []}})
+    assert not list(tmp_path.iterdir())
+
+
 def test_speedrun_says_that_the_script_is_missing_or_does_not_run(small_run_flags, tmp_path):
     done = run_speedrun(*small_run_flags, '--peer', 'nowhere/airbench94_muon.py')
     assert (done.returncode, done.stderr) == (2, 'error: --peer: nowhere/airbench94_muon.py is not there\n')
