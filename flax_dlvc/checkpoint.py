@@ -30,6 +30,8 @@ from flax_dlvc.rundir import write_text
 from flax_dlvc.steps import TrainState
 from flax_dlvc.stopping import Stopping
 
+PROGRESS_FILE = 'metadata'  # in a checkpoint's directory `progress`
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -46,9 +48,6 @@ class Progress:
     stopping: Stopping = dataclasses.field(default_factory=Stopping)
     best_step: int | None = None
     rewinds: int = 0
-
-
-PROGRESS_FILE = 'metadata'  # in a checkpoint's directory `progress`
 
 
 class DamagedError(Exception):
@@ -71,7 +70,7 @@ class _LatestAndBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         latest = {checkpoint.step for checkpoint in checkpoints[-self.keep_latest :]}
-        kept = latest | {self.best_steps.get(step) for step in (*latest, max(self.best_steps, default=None))}
+        kept = latest | {self.best_steps.get(step) for step in latest}
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
@@ -146,7 +145,9 @@ class Checkpoints:
         saved = step in self.steps
         if saved:
             self.wait()
-            if self._is_as_far(step, progress):
+            known = self._progress_if_whole(step)
+            # All processes agree on the number of epochs; the speeds in their histories differ.
+            if known is not None and len(known.history) == len(progress.history):
                 return
         fingerprints, finite = inspect(state)
         if not finite:
@@ -230,7 +231,8 @@ class Checkpoints:
             if damaged:
                 barrier(f'set aside above {step}')
                 self._manager.reload()
-            self._policy.best_steps = {step: self._best_of(step) for step in self.steps}
+            known = {step: self._progress_if_whole(step) for step in self.steps}
+            self._policy.best_steps = {step: progress.best_step for step, progress in known.items() if progress}
             return restored
         if damaged:
             newest, damage = damaged[0]
@@ -302,18 +304,11 @@ class Checkpoints:
     def _read_progress(self, step: int) -> Progress:
         return _progress(self._read_content(step))
 
-    def _best_of(self, step: int) -> int | None:
+    def _progress_if_whole(self, step: int) -> Progress | None:
         try:
-            return self._read_progress(step).best_step
+            return self._read_progress(step)
         except DamagedError:
             return None
-
-    def _is_as_far(self, step: int, progress: Progress) -> bool:
-        """By the number of epochs, on which all processes agree; the speeds in their histories differ."""
-        try:
-            return len(self._read_progress(step).history) == len(progress.history)
-        except DamagedError:
-            return False
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / 'damaged' / str(step)

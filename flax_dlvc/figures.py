@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import answers, pictures, results
 from flax_dlvc.errors import StorageError
 from flax_dlvc.results import Cell
+from flax_dlvc.rundir import whole
 
 ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 STYLE: Any = {
@@ -195,7 +196,7 @@ def save_examples(config: ConfigDict, path: Path) -> None:
     images = np.concatenate([split.images[index] for index in sorted(first)[:NUM_EXAMPLES]], axis=1)
     picture = images.squeeze(-1) if images.shape[-1] == 1 else images
     try:
-        with pictures.whole(path) as temporary:
+        with whole(path) as temporary:
             Image.fromarray(picture).save(temporary)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error

@@ -20,6 +20,7 @@ import numpy as np
 
 from flax_dlvc.config import parse_command_line
 from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, run_command
+from flax_dlvc.rundir import whole
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import load_trained, save_as_run
 
@@ -182,12 +183,10 @@ def export_weights(workdir: Path, which: str, weights: Path) -> None:
     from safetensors.numpy import save
 
     tensors = to_torch(*load_trained(workdir, which))
-    temporary = weights.with_name(f'.{weights.name}.writing')
     try:
-        temporary.write_bytes(save(tensors, metadata={'format': 'pt'}))
-        temporary.replace(weights)
+        with whole(weights) as temporary:
+            temporary.write_bytes(save(tensors, metadata={'format': 'pt'}))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f'cannot write {weights}: {error.strerror}; choose another --weights') from error
 
 

@@ -3,10 +3,8 @@
 Shapes: B batch, N images, H height, W width, C channels, K classes.
 """
 
-import contextlib
 import io
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import data
 from flax_dlvc.errors import ConfigError
+from flax_dlvc.rundir import whole
 
 if TYPE_CHECKING:
     from flax_dlvc.metrics import Predictions  # JAX, for which pictures and tables need not wait
@@ -152,17 +151,6 @@ def write(figure: Any, path: Path) -> None:
     """Writes a .png or .svg file whole or not at all; may raise an `OSError`."""
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format=path.suffix[1:], metadata=METADATA[path.suffix])
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Gives a path of the same suffix to write to; it becomes the file once all went well, and is gone otherwise."""
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')  # two commands may write the same file
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:  # there is none where all went well
-        temporary.unlink(missing_ok=True)
 
 
 def save_png(figure: Any, path: Path) -> None:

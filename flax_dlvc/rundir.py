@@ -316,15 +316,22 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with temporary.open('w') as file:
+        with whole(path) as temporary, temporary.open('w') as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise _storage_error(path, error) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a path of the same suffix to write to; it becomes the file once all went well, and is gone otherwise."""
+    temporary = path.with_name(f'.{os.getpid()}.{path.name}')  # two commands may write the same file
+    try:
+        yield temporary
+        temporary.replace(path)
     finally:  # there is none where all went well
         with contextlib.suppress(OSError):
             temporary.unlink()

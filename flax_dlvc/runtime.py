@@ -50,8 +50,8 @@ def set_cpu_options() -> None:
     if not first <= jaxlib.version.__version_info__[:2] < last:
         return
     flags = os.environ.get('XLA_FLAGS', '')
-    chosen = [f'{name}={value}' for name, value in CPU_OPTIONS.items() if name not in flags]
-    os.environ['XLA_FLAGS'] = ' '.join(filter(None, [flags, *chosen]))
+    ours = [f'{name}={value}' for name, value in CPU_OPTIONS.items() if name not in flags]
+    os.environ['XLA_FLAGS'] = ' '.join(filter(None, [flags, *ours]))
 
 
 def keep_freed_memory(num_devices: int) -> None:

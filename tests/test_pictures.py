@@ -100,23 +100,3 @@ def test_a_model_without_mistakes_has_an_empty_picture():
     figure = pictures.mistakes(split, Predictions(split.labels, np.ones(2)), ('cat', 'dog'))
     assert not figure.axes[0].images
     assert pictures.encode_png(figure).startswith(b'\x89PNG')
-
-
-def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path):
-    path = tmp_path / 'picture.png'
-    path.write_text('before')
-    with pytest.raises(ZeroDivisionError), pictures.whole(path) as temporary:
-        temporary.write_text('half')
-        1 / 0  # noqa: B018
-    assert [file.name for file in tmp_path.iterdir()] == ['picture.png']
-    assert path.read_text() == 'before'
-
-
-def test_two_processes_write_the_same_file_in_turn(tmp_path, monkeypatch):
-    with pictures.whole(tmp_path / 'picture.png') as mine:
-        mine.write_text('mine')
-        monkeypatch.setattr('os.getpid', lambda: 0)
-        with pictures.whole(tmp_path / 'picture.png') as theirs:
-            theirs.write_text('theirs')
-        assert (tmp_path / 'picture.png').read_text() == 'theirs'
-    assert (tmp_path / 'picture.png').read_text() == 'mine'

@@ -292,3 +292,23 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, 'flock', refuse)
     with pytest.raises(ConfigError, match=r'cannot be locked \(No locks available\)'), rundir.lock(tmp_path):
         pytest.fail('locked')
+
+
+def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path):
+    path = tmp_path / 'picture.png'
+    path.write_text('before')
+    with pytest.raises(ZeroDivisionError), rundir.whole(path) as temporary:
+        temporary.write_text('half')
+        1 / 0  # noqa: B018
+    assert [file.name for file in tmp_path.iterdir()] == ['picture.png']
+    assert path.read_text() == 'before'
+
+
+def test_two_processes_write_the_same_file_in_turn(tmp_path, monkeypatch):
+    with rundir.whole(tmp_path / 'picture.png') as mine:
+        mine.write_text('mine')
+        monkeypatch.setattr('os.getpid', lambda: 0)
+        with rundir.whole(tmp_path / 'picture.png') as theirs:
+            theirs.write_text('theirs')
+        assert (tmp_path / 'picture.png').read_text() == 'theirs'
+    assert (tmp_path / 'picture.png').read_text() == 'mine'
