@@ -1,10 +1,9 @@
 """The report's question 1.3 and its two open questions, answered from the runs, with what is uncertain about it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from flax_dlvc import results, tables
-from flax_dlvc.results import CROP_SCALE, REGULARIZATIONS, Cell
+from flax_dlvc.results import CROP_SCALE, OF_CROPS, REGULARIZATIONS, Cell
 
 
 def to_answers(cells: Sequence[Cell]) -> str:
@@ -97,18 +96,14 @@ def _plain(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
 
 def crop_scales(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     """By model and regularisation, cells that differ in the crop's lowest area alone, gentlest last; two at least."""
-    series: dict[tuple[Any, ...], list[Cell]] = {}
+    series: dict[tuple[str, float], list[Cell]] = {}
     for cell in cells:
         if cell.config.augment.random_resized_crop and cell.finished:
-            others = tuple((f, str(pair[0])) for f, pair in cell.settings.items() if f != CROP_SCALE)
             largest = cell.config.augment.random_resized_crop_scale[1]
-            series.setdefault((cell.model, cell.regularization, largest, others), []).append(cell)
+            series.setdefault((cell.without(CROP_SCALE).title, largest), []).append(cell)
     return [
-        (
-            f'{results.model_title(members[0].model)}, {REGULARIZATIONS[members[0].regularization]}',
-            sorted(members, key=crop_scale),
-        )
-        for members in series.values()
+        (title, sorted(members, key=crop_scale))
+        for (title, _), members in series.items()
         if len(set(map(crop_scale, members))) > 1
     ]
 
@@ -164,8 +159,8 @@ def _combination(cells: Sequence[Cell]) -> str:
 
 def _is_part(single: Cell, both: Cell, regularization: str) -> bool:
     """Whether `single` has `regularization` alone and is `both` in all else; in crop and rate, where both have them."""
-    fields = {'augment': CROP_SCALE, 'dropout': 'dropout_rate'}
-    dropped = [field for technique, field in fields.items() if technique not in regularization]
-    ours = {field: pair[0] for field, pair in both.settings.items() if field not in dropped}
+    fields = {'augment': OF_CROPS, 'dropout': 'dropout_rate'}
+    dropped = tuple(field for technique, field in fields.items() if technique not in regularization)
+    ours = {field: pair[0] for field, pair in both.settings.items() if not field.startswith(dropped)}
     theirs = {field: pair[0] for field, pair in single.settings.items()}
     return single.model == both.model and single.regularization == regularization and ours == theirs

@@ -49,16 +49,19 @@ def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, A
     for dataset, members in results.datasets(cells).items():
         suffix = '' if dataset == 'cifar10' else f'_{dataset.replace("/", "_")}'
         for model, title in results.MODELS.items():
-            # A picture compares regularisations; the crop's scale has one of its own.
-            plain = [c for c in members if c.model == model and results.CROP_SCALE not in c.settings]
-            with_history = [cell for cell in plain if any(run.history for run in cell.runs)]
+            # A picture compares regularisations. Crop scales have one of their own; their first cell is here.
+            plain: dict[str, Cell] = {}
+            for cell in members:
+                if cell.model == model:
+                    plain.setdefault(cell.without(results.CROP_SCALE).title, cell)
+            with_history = [cell for cell in plain.values() if any(run.history for run in cell.runs)]
             if with_history:
                 caption = (
                     f'{title} on {dataset}: train (dashed) and validation (solid) by epoch. Lines are means over '
                     'seeds, bands reach from the lowest to the highest; a triangle marks the end of each run.'
                 )
                 yield f'curves_{model}{suffix}', caption, curves(with_history)
-            evaluated = [c for c in plain if any('confusion_matrix' in run.evaluation for run in c.finished)]
+            evaluated = [c for c in plain.values() if any('confusion_matrix' in run.evaluation for run in c.finished)]
             if evaluated:
                 caption = (
                     f'{title} on {dataset}: of the test images of a class (row), the share called each class, in %.'
@@ -102,7 +105,7 @@ def _short_title(cell: Cell) -> str:
         if field != 'num_epochs':
             title += f'\n{field.split(".")[-1]} {results.plain(ours)}'
     seeds = len(cell.runs)
-    return f'{title}\n{seeds} seed{"s" * (seeds != 1)}' + (f', {cell.config.num_epochs} epochs at most')
+    return f'{title}\n{seeds} seed{"s" * (seeds != 1)}, {cell.config.num_epochs} epochs at most'
 
 
 def compare(runs: Sequence[results.Run]) -> Any:
@@ -116,7 +119,7 @@ def compare(runs: Sequence[results.Run]) -> Any:
         for run, colour in zip(runs, (ORANGE, BLUE, GREEN, PURPLE), strict=False):
             for split, style in (('train', '--'), ('validation', '-')):
                 key = f'{split}_{quantity}'
-                _curve(axes, [run], key, colour, style, f'{run.name}, {split}')
+                _curve(axes, [run], key, colour, style, f'{split}, {run.name}')  # no legend shows a name like _x
         axes.set_xlabel('epoch')
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
@@ -155,7 +158,7 @@ def confusion(cells: Sequence[Cell]) -> Any:
         matrices = [run.evaluation['confusion_matrix'] for run in cell.finished if 'confusion_matrix' in run.evaluation]
         counts = np.sum(matrices, axis=0)
         pictures.draw_confusion(axes, counts, names)
-        axes.set_title(results.REGULARIZATIONS[cell.regularization], fontsize=9)
+        axes.set_title(_short_title(cell), fontsize=9)
     for axes in list(grid):
         axes.remove()
     return figure

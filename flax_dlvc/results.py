@@ -40,6 +40,7 @@ REPORT = {
     ('vit', 'augment'): (0.561, 1.34),
 }
 CROP_SCALE = 'augment.random_resized_crop_scale'
+OF_CROPS = 'augment.random_resized_crop_'  # how the fields begin that mean nothing where nothing is cropped
 
 
 # Statistics
@@ -127,7 +128,8 @@ class Run:
 class Cell:
     """The runs of one setting, which differ in their seeds alone.
 
-    `settings` are the fields that differ from the config file, with its value behind ours.
+    `settings` are the fields that differ from the config file, with its value behind ours; where nothing is cropped,
+    without those of crops.
     """
 
     name: str
@@ -159,6 +161,10 @@ class Cell:
     def report(self) -> tuple[float, float] | None:
         """The report's accuracy and cross-entropy, where it has them and they are of the same data."""
         return REPORT.get((self.model, self.regularization)) if self.dataset == 'cifar10' else None
+
+    def without(self, field: str) -> 'Cell':
+        """The cell as if a field were as in the config file, to tell what it shares with others and to name that."""
+        return dataclasses.replace(self, settings={f: pair for f, pair in self.settings.items() if f != field})
 
     @property
     def variant(self) -> str:
@@ -245,7 +251,9 @@ def _cell(runs: list[Run]) -> Cell:
     by_name = {config_name(model, regularization): regularization for regularization in REGULARIZATIONS}
     base = base_config(config.name) if config.name in by_name else default.get_config()
     ours, theirs = flatten(config), flatten(base)
-    ignored = ('name', 'seed', 'dataset', 'model.name')
+    ignored = ['name', 'seed', 'dataset', 'model.name']
+    if not config.augment.random_resized_crop:
+        ignored += [field for field in ours if field.startswith(OF_CROPS)]
     return Cell(
         name=runs[0].name.split('/')[0],
         model=model,
@@ -292,5 +300,25 @@ def per_class(cell: Cell) -> list[float | None]:
 
 
 def datasets(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The cells by dataset: no table mixes two."""
-    return {name: [cell for cell in cells if cell.dataset == name] for name in sorted({c.dataset for c in cells})}
+    """The cells by dataset: no table mixes two.
+
+    Raises:
+        ConfigError: a dataset of one name had other classes in one run than in another.
+    """
+    by_name = {name: [cell for cell in cells if cell.dataset == name] for name in sorted({c.dataset for c in cells})}
+    for name, members in by_name.items():
+        finished = [run for cell in members for run in cell.finished]
+        for run in finished:
+            if _have_other_classes(run, finished[0]):
+                raise ConfigError(
+                    f'{name} had other classes in {run.name} than in {finished[0].name}; '
+                    'a study has one dataset: start another one for the changed data'
+                )
+    return by_name
+
+
+def _have_other_classes(run: Run, other: Run) -> bool:
+    """By number, and by name where both runs recorded the names."""
+    names, others = run.evaluation.get('class_names'), other.evaluation.get('class_names')
+    counts = len(run.test['per_class_accuracy']), len(other.test['per_class_accuracy'])
+    return counts[0] != counts[1] or (None not in (names, others) and names != others)

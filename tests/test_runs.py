@@ -135,8 +135,8 @@ def test_compare_draws_a_line_per_run_and_split(folder):
     )
     history = rundir.read_history(folder / 'a')
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[1].get_lines()}
-    assert lines['a, validation'] == [line['validation_accuracy'] for line in history]
-    assert lines['deeper/b, train'] == [line['train_accuracy'] for line in history[:2]]
+    assert lines['validation, a'] == [line['validation_accuracy'] for line in history]
+    assert lines['train, deeper/b'] == [line['train_accuracy'] for line in history[:2]]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from flax_dlvc import answers, page, results, rundir, study, tables
+from flax_dlvc import answers, figures, page, results, rundir, study, tables
 from flax_dlvc.board import Board
+from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import Planned
 
 CLASSES = ['<b>zero</b>', 'one']
@@ -278,6 +279,71 @@ def test_an_evaluation_of_another_checkpoint_is_left_out(tmp_path):
         rundir.write_evaluation(directory, 'test', evaluation | {'step': step})
         (run,) = results.read_runs(tmp_path)
         assert bool(run.evaluation) == known and run.test['accuracy'] == 0.7
+
+
+def shown_titles(figure):
+    return [axes.get_title().split('\n')[:-1] for axes in figure.axes if axes.get_title()]
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [('augment.random_resized_crop_scale', (0.5, 1.0)), ('augment.random_resized_crop_ratio', (0.5, 2.0))],
+)
+def test_a_crop_that_was_set_for_all_rows_is_no_difference_of_those_without_crops(tmp_path, field, value):
+    for name in ('cnn', 'cnn_dropout', 'cnn_augment', 'cnn_dropout_augment'):
+        for seed, accuracy in enumerate((0.7, 0.71)):
+            write_run(tmp_path / name / f'seed_{seed}', name, seed, accuracy, **{field: value})
+    study.write(tmp_path)
+    text = (tmp_path / 'answers.md').read_text()
+    assert 'has the same settings' not in text
+    special = f'{field.split(".")[-1]} {results.plain(value)}'
+    assert f'* CNN, augmentation, {special}, against none: ' in text and '* CNN, dropout, against none: ' in text
+    assert f'* CNN, dropout and augmentation, {special}, against dropout alone: ' in text
+    assert f'* CNN, dropout and augmentation, {special}, against augmentation alone: ' in text
+    assert 'CNN, none | 2' in text and 'CNN, dropout | 2' in text
+    for kind in ('curves', 'confusion'):
+        assert (tmp_path / 'figures' / f'{kind}_cnn.png').exists()
+
+
+def test_pictures_show_of_each_row_one_crop_and_say_what_is_special(finished_study, tmp_path):
+    drawn = {stem: figure for stem, _, figure in figures._figures(study_cells(finished_study), finished_study)}
+    rows = [['none'], ['dropout'], ['augmentation'], ['dropout', 'and augmentation']]
+    assert shown_titles(drawn['curves_cnn']) == shown_titles(drawn['confusion_cnn']) == rows
+    for rate in (0.1, 0.01):
+        for scale in (0.08, 0.5):
+            directory = tmp_path / f'cnn_augment,learning_rate={rate},scale={scale}' / 'seed_0'
+            fields = {'learning_rate': rate, 'augment.random_resized_crop_scale': (scale, 1.0)}
+            write_run(directory, 'cnn_augment', 0, 0.7, **fields)
+    cells = study_cells(tmp_path)
+    drawn = {stem: figure for stem, _, figure in figures._figures(cells, tmp_path)}
+    rows = [['augmentation', 'learning_rate 0.01'], ['augmentation', 'learning_rate 0.1']]
+    assert shown_titles(drawn['curves_cnn']) == shown_titles(drawn['confusion_cnn']) == rows
+    titles = [f'CNN, augmentation, learning_rate {rate}' for rate in (0.01, 0.1)]
+    assert [title for title, _ in answers.crop_scales(cells)] == titles
+    (axes,) = drawn['crop_scale'].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == titles
+
+
+def study_cells(directory):
+    return results.group(results.read_runs(directory))
+
+
+def test_runs_of_other_classes_are_in_no_table_together(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / 'cnn' / f'seed_{seed}', 'cnn', seed, 0.7, dataset='folder:own')
+    result = rundir.read_result(tmp_path / 'cnn' / 'seed_1')
+    result['test']['per_class_accuracy'] = [0.7, 0.7, 0.7]
+    rundir.write_result(tmp_path / 'cnn' / 'seed_1', result)
+    expected = 'folder:own had other classes in cnn/seed_1 than in cnn/seed_0'
+    with pytest.raises(ConfigError, match=expected):
+        study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    write_run(tmp_path / 'cnn' / 'seed_1', 'cnn', 1, 0.7, dataset='folder:own')
+    evaluation = rundir.read_test_evaluation(tmp_path / 'cnn' / 'seed_1')
+    rundir.write_evaluation(tmp_path / 'cnn' / 'seed_1', 'test', evaluation | {'class_names': ['one', 'two']})
+    with pytest.raises(ConfigError, match=expected):
+        study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    (tmp_path / 'cnn' / 'seed_1' / 'evaluation-test.json').unlink()  # names that are not known are no others
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
