@@ -1,6 +1,7 @@
 """The terminal's view of a study: a live table with a line per run, and the time that is left."""
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,16 @@ class Board:
         self._live.stop()
 
     def start(self, planned: Planned) -> None:
-        """A run starts."""
+        """A run starts, or goes on."""
         planned.state = 'running'
+        planned.began = time.monotonic(), planned.epochs
 
     def end(self, planned: Planned, failure: str) -> None:
-        """A run is finished or has failed."""
+        """A run is finished, has failed, or is another process's."""
         self.follow(planned)
+        self._measure(planned)
         if not self._console.is_terminal:
-            done = sum(other.state in ('finished', 'failed') for other in self._grid)
+            done = sum(other.state not in ('waiting', 'running') for other in self._grid)
             result = failure or f'test accuracy {self._accuracy(planned)}'
             self.say(
                 f'[{done}/{len(self._grid)}] {planned.cell} seed {planned.config.seed} {planned.state} after epoch '
@@ -81,10 +84,19 @@ class Board:
     def follow(self, planned: Planned) -> None:
         """Reads how far a run is from its directory."""
         run = results.read_run(planned.directory.parent.parent, planned.directory)
-        planned.epochs = len(run.history)
+        if planned.epochs != len(run.history):
+            planned.epochs = len(run.history)
+            self._measure(planned)
         validated = [record['validation_accuracy'] for record in run.history]
         planned.best = max((accuracy for accuracy in validated if accuracy is not None), default=None)
-        planned.seconds_per_epoch = run.seconds_per_epoch
+
+    def _measure(self, planned: Planned) -> None:
+        """Notes what an epoch of a run takes, by the clock: its share of compiling, evaluating and saving included."""
+        if planned.began is None:
+            return
+        start, epochs_before = planned.began
+        if planned.epochs > epochs_before:
+            planned.seconds_per_epoch = (time.monotonic() - start) / (planned.epochs - epochs_before)
 
     def _accuracy(self, planned: Planned) -> str:
         result = rundir.read_result(planned.directory)
@@ -93,19 +105,26 @@ class Board:
     def time_left(self) -> str:
         """An upper bound: runs may stop early; of models that have not trained yet nothing is known.
 
-        Runs that go on whenever another ends are done after their mean share and what is left of the longest one
+        A run takes as long for an epoch as it did so far; one that waits, as the slowest of its cell, or else of its
+        model. Runs that go on whenever another ends are done after their mean share and what is left of the longest one
         (Graham 1969, 'Bounds on multiprocessing timing anomalies'). Speeds are those of runs side by side already.
         """
-        speeds: dict[str, float] = {}
+        by_cell: dict[str, float] = {}
+        by_model: dict[str, float] = {}
         for planned in self._grid:
             if planned.seconds_per_epoch:
-                speeds[planned.config.model.name] = planned.seconds_per_epoch
+                for slowest, name in ((by_cell, planned.cell), (by_model, planned.config.model.name)):
+                    slowest[name] = max(slowest.get(name, 0.0), planned.seconds_per_epoch)
         left = [planned for planned in self._grid if planned.epochs_left]
-        if any(planned.config.model.name not in speeds for planned in left):
+        if any(planned.config.model.name not in by_model for planned in left):
             return 'time left not known yet'
-        seconds = [planned.epochs_left * speeds[planned.config.model.name] for planned in left]
+        seconds = [
+            planned.epochs_left
+            * (planned.seconds_per_epoch or by_cell.get(planned.cell) or by_model[planned.config.model.name])
+            for planned in left
+        ]
         share = 1 / self._parallel_runs
-        return f'at most {describe_time(share * sum(seconds) + (1 - share) * max(seconds, default=0))} left'
+        return f'at most about {describe_time(share * sum(seconds) + (1 - share) * max(seconds, default=0))} left'
 
     def _render(self) -> Table:
         table = Table(title=self.time_left(), title_justify='left')

@@ -22,9 +22,10 @@ class Planned:
     config: ConfigDict
     directory: Path
     flags: tuple[str, ...]  # what makes the config file this config, besides the seed
-    state: str = 'waiting'  # then 'running', 'finished' or 'failed'
+    state: str = 'waiting'  # then 'running', 'finished', 'failed', or 'elsewhere' where another process trains it
     epochs: int = 0
     best: float | None = None
+    began: tuple[float, int] | None = None  # when it was started, by time.monotonic, and after how many epochs
     seconds_per_epoch: float | None = None
 
     @property
@@ -37,7 +38,7 @@ class Planned:
     @property
     def epochs_left(self) -> int:
         """At most; it may stop early."""
-        return 0 if self.state in ('finished', 'failed') else self.config.num_epochs - self.epochs
+        return self.config.num_epochs - self.epochs if self.state in ('waiting', 'running') else 0
 
 
 def _config_file(name: str) -> Path:

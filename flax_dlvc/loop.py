@@ -85,9 +85,9 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             rundir.create(workdir, setup.config)
-            rundir.write_dataset(workdir, setup.dataset)
             stack.enter_context(rundir.lock(workdir))
             rundir.check(workdir, setup.config)  # another process may have made it meanwhile
+            rundir.write_dataset(workdir, setup.dataset)
         distributed.barrier('claimed')
         yield
 

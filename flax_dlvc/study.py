@@ -45,6 +45,7 @@ def carry_out(grid: list[Planned], parallel_runs: int) -> None:
         if rundir.check(planned.directory, planned.config) is not None:
             rundir.adopt(planned.directory, planned.config)  # or it would not be of its row, if it stopped early
             planned.state = 'finished'
+        if planned.directory.exists():
             board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
     if len(waiting) == len(grid):  # nothing has begun: a dataset that cannot be had is no single run's failure
@@ -104,8 +105,11 @@ def placement(slot: int, parallel_runs: int, num_devices: int) -> dict[str, str]
 
     Where there are more runs than devices, they share a GPU and, unless the environment says how, its memory evenly.
     """
-    device = str(slot % num_devices)
-    own = {'JAX_CUDA_VISIBLE_DEVICES': device, 'JAX_ROCM_VISIBLE_DEVICES': device, 'JAX_NUM_CPU_DEVICES': '1'}
+    own = {'JAX_NUM_CPU_DEVICES': '1'}
+    for name in ('JAX_CUDA_VISIBLE_DEVICES', 'JAX_ROCM_VISIBLE_DEVICES'):
+        chosen = os.environ.get(name, 'all')
+        devices = list(map(str, range(num_devices))) if chosen == 'all' else chosen.split(',')
+        own[name] = devices[slot % len(devices)]
     if parallel_runs > num_devices and not any(name.endswith('CLIENT_MEM_FRACTION') for name in os.environ):
         own['XLA_CLIENT_MEM_FRACTION'] = f'{GPU_MEMORY / -(-parallel_runs // num_devices):.3f}'
     return own
@@ -163,15 +167,22 @@ def _start(planned: Planned, own: dict[str, str], complaints: Path) -> 'subproce
 
 
 def _ended(planned: Planned, board: Board, failure: str, exit_code: int = 1) -> None:
-    planned.state = 'failed' if failure else 'finished'
-    if failure:
-        rundir.create(planned.directory, planned.config)
-    rundir.write_failure(planned.directory, ' '.join(failure.split()), exit_code)
+    if failure and rundir.is_locked(planned.directory):
+        planned.state = 'elsewhere'  # and its files are another process's
+    else:
+        planned.state = 'failed' if failure else 'finished'
+        if failure:
+            rundir.create(planned.directory, planned.config)
+        rundir.write_failure(planned.directory, ' '.join(failure.split()), exit_code)
     board.end(planned, failure)
 
 
 def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
-    """Prints the grid, and the time that it takes at most, from a few timed steps of each cell."""
+    """Prints the grid, and the time that it takes, from the beginning and a few timed steps of each cell.
+
+    An epoch ends with a forward pass over the validation split, a run with one over the test split; three forward
+    passes are taken for a training step. What logging and saving take is left out.
+    """
     import jax
 
     from flax_dlvc import steps
@@ -183,27 +194,31 @@ def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
         left = [planned for planned in runs if rundir.check(planned.directory, planned.config) is None]
         note = ''
         if left:
+            start = time.perf_counter()
             setup = share(setup, left[0].config)
             config, split = setup.config, setup.place(setup.dataset.train)
             state = setup.create_state()
             order = data.epoch_order(len(setup.dataset.train), config.seed, 1)
             batches = data.training_batches(order, config.batch_size, len(setup.devices))
             calls = steps.calls(batches, 0, 1)[: num_steps + 1]
-            state, _ = setup.train_step(state, *split, calls[0])  # compiles
+            state, _ = setup.train_step(state, *split, calls[0])
             jax.block_until_ready(state)
+            begin = time.perf_counter() - start  # compiling, which the runs of a cell share
             start = time.perf_counter()
             for call in calls[1:]:
                 state, _ = setup.train_step(state, *split, call)
             jax.block_until_ready(state)
             per_step = (time.perf_counter() - start) / max(1, len(calls) - 1)
-            # Three forward passes are a step; an epoch ends with one over the validation split.
-            per_epoch = per_step * (setup.steps_per_epoch + len(setup.dataset.validation) / config.batch_size / 3)
-            seconds = per_epoch * config.num_epochs * len(left)
+            validation, test = (
+                len(part) / config.batch_size / 3 for part in (setup.dataset.validation, setup.dataset.test)
+            )
+            per_run = per_step * (config.num_epochs * (setup.steps_per_epoch + validation) + test)
+            seconds = begin + per_run * len(left)
             total += seconds
-            note = f', {1000 * per_step:.0f} ms a step, at most {describe_time(seconds)}'
+            note = f', {begin:.1f} s to begin, {1000 * per_step:.0f} ms a step, about {describe_time(seconds)}'
         print(f'{cell}: {len(runs)} seeds, {len(runs) - len(left)} finished{note}', flush=True)
         print(f'  python {shlex.join(runs[0].command)}')
-    print(f'{len(grid)} runs; at most {describe_time(total)} on this machine, less where runs stop early')
+    print(f'{len(grid)} runs; about {describe_time(total)} one after the other, less where they stop early')
 
 
 # The command
@@ -256,9 +271,13 @@ def main(argv: list[str]) -> None:
     carry_out(grid, arguments.parallel_runs)
     write(workdir, grid[0].config)
     print(f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, answers.md, figures/')
-    failed = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == 'failed']
-    if failed:
-        raise CommandError(f'{len(failed)} of {len(grid)} runs failed: {", ".join(failed)}; the table says why')
+    for state, problem, advice in (
+        ('failed', 'failed', 'the table says why'),
+        ('elsewhere', 'are trained by another process', 'start again when it has ended'),
+    ):
+        runs = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == state]
+        if runs:
+            raise CommandError(f'{len(runs)} of {len(grid)} runs {problem}: {", ".join(runs)}; {advice}')
 
 
 def _names(known: dict[str, str]) -> Any:

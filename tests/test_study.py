@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import ROOT, read_history
 
+from flax_dlvc import grid as grid_module
 from flax_dlvc import rundir, study
 from flax_dlvc.errors import ConfigError
 
@@ -72,7 +73,7 @@ def whole_study(tmp_path_factory, small_run_flags):
 def test_a_terminal_shows_a_line_per_run(whole_study):
     """With epoch, best validation accuracy and the time left; in the end what the runs' files say."""
     directory, text = whole_study
-    assert re.search(r'at most \d+ seconds left', text)
+    assert re.search(r'at most about \d+ seconds left', text)
     assert re.search(r'cnn +│ 0 +│ running +│ [12]/3 +│ 0\.\d{4}', text)
     assert re.search(r'cnn_dropout +│ 1 +│ waiting +│ 0/3 +│ +│', text)
     last = text[text.rindex('best validation accuracy') :]
@@ -100,7 +101,8 @@ def test_parallel_runs_are_bit_for_bit_the_serial_ones(whole_study, command, sma
 
 
 def test_parallel_runs_have_a_device_each_and_share_them_where_there_are_fewer(monkeypatch):
-    for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    fractions = ['XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION']
+    for name in [*fractions, 'JAX_CUDA_VISIBLE_DEVICES', 'JAX_ROCM_VISIBLE_DEVICES']:
         monkeypatch.delenv(name, raising=False)
 
     def seen(parallel_runs, num_devices):
@@ -114,6 +116,9 @@ def test_parallel_runs_have_a_device_each_and_share_them_where_there_are_fewer(m
     assert seen(3, 2) == [('0', '0.450'), ('1', '0.450'), ('0', '0.450')]
     monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.2')  # JAX refuses both
     assert seen(2, 1) == [('0', None)] * 2
+    for name in ('JAX_CUDA_VISIBLE_DEVICES', 'JAX_ROCM_VISIBLE_DEVICES'):
+        monkeypatch.setenv(name, '5,7')  # the user's choice of devices, which are the two that the runs see
+    assert seen(3, 2) == [('5', None), ('7', None), ('5', None)]
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flags, tmp_path, capsys):
@@ -127,9 +132,10 @@ def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flag
     milliseconds = float(re.search(r'(\d+) ms a step', shown)[1])
     speed = rundir.read_history(serial / 'cnn' / 'seed_1')[-1]['images_per_second']
     assert 0.1 < milliseconds / (1000 * 64 / speed) < 10
-    # 4 steps an epoch and the validation split's 290 examples.
-    expected = milliseconds / 1000 * (4 + 290 / 64 / 3) * 300 * 2
-    number, unit = re.search(r'2 runs; at most ([\d.]+) (seconds|minutes|hours)', shown).groups()
+    begin = float(re.search(r'([\d.]+) s to begin', shown)[1])
+    # 4 steps an epoch and the validation split's 290 examples; in the end the test split's 360.
+    expected = begin + milliseconds / 1000 * ((4 + 290 / 64 / 3) * 300 + 360 / 64 / 3) * 2
+    number, unit = re.search(r'2 runs; about ([\d.]+) (seconds|minutes|hours)', shown).groups()
     total = float(number) * {'seconds': 1, 'minutes': 60, 'hours': 3600}[unit]
     assert total == pytest.approx(expected, rel=0.25)
 
@@ -163,6 +169,24 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
     for name in ('table.md', 'table.csv', 'table.tex', 'answers.md'):
         assert (tmp_path / name).read_bytes() == (whole_study[0] / name).read_bytes()
     assert 'digits' in (tmp_path / 'table.md').read_text()
+
+
+@pytest.mark.parametrize('parallel_runs', [1, 2])
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, small_run_flags, command, parallel_runs):
+    grid = grid_module.plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=2, overrides=small_run_flags)
+    theirs = grid[0].directory
+    rundir.create(theirs, grid[0].config)
+    arguments = ['--models', 'cnn', '--regularizations', 'none', '--seeds', 2, '--parallel-runs', parallel_runs]
+    with rundir.lock(theirs):
+        done = command('study', '--workdir', tmp_path, *arguments, *small_run_flags)
+        assert sorted(path.name for path in theirs.iterdir()) == ['.lock', 'config.json']
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == (
+        'error: 1 of 2 runs are trained by another process: cnn seed 0; start again when it has ended\n'
+    )
+    assert f'cnn seed 0 elsewhere after epoch 0: another process is training in {theirs};' in done.stdout
+    assert 'cnn seed 1 finished after epoch 3' in done.stdout
+    assert 'seed 0 not finished, 0 epochs' in (tmp_path / 'table.md').read_text()
 
 
 def test_what_holds_no_study_is_left_alone(tmp_path):
