@@ -30,14 +30,25 @@ if [ "${1:-}" = --processes ]; then
     shift 2
 fi
 
-# Installs the package when the environment is new or what it was installed from has changed.
-set_up() {
-    local extras=test stamp
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
-        extras=test,cuda12
+# Whether the environment is what pyproject.toml describes; sets the extras to install and the note that it leaves.
+is_ready() {
+    local installed
+    installed=$(cat "$venv/.installed" 2>/dev/null) || true
+    extras="test"
+    if has_gpu || [[ $installed == test,cuda12\ * ]]; then
+        extras=test,cuda12 # stays where there is no GPU: nodes with and without share a checkout
     fi
     stamp="$extras $(cksum <"$root/pyproject.toml") $root"
-    if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then
+    [ "$installed" = "$stamp" ]
+}
+
+has_gpu() {
+    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -c '^GPU ' >/dev/null
+}
+
+# Installs the package when the environment is new or what it was installed from has changed.
+set_up() {
+    if is_ready; then
         return
     fi
     local python=${PYTHON:-python3}
@@ -51,14 +62,16 @@ set_up() {
     printf '%s\n' "$stamp" >"$venv/.installed"
 }
 
-# Processes that start at once take turns, so that only the first one installs.
-if command -v flock >/dev/null; then
-    exec 9>"$root/.venv.lock"
-    flock 9
-    set_up
-    exec 9>&-
-else
-    set_up
+# Processes that start at once take turns, so that only the first one installs; a checkout that is ready may be read-only.
+if ! is_ready; then
+    if command -v flock >/dev/null; then
+        exec 9>"$root/.venv.lock"
+        flock 9
+        set_up
+        exec 9>&-
+    else
+        set_up
+    fi
 fi
 
 export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH

@@ -3,10 +3,12 @@
 import argparse
 import errno
 import gc
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -63,6 +65,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f'{message}; see --help')
 
 
+def existing_directory(name: str | Path) -> Path:
+    """An argparse type.
+
+    Raises:
+        ConfigError: it is not a directory, or cannot be looked at.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # a name that is too long, a directory above that is closed to us
+        raise ConfigError(f'cannot read {path}: {error.strerror}') from error
+    raise ConfigError(f'{path} is not a directory')
+
+
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr.
 
@@ -70,6 +87,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     and then one line too; a second signal ends the process at once.
     """
     gc.set_threshold(GARBAGE_THRESHOLD)
+    _make_output_take_everything()
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
     try:
@@ -109,6 +127,16 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
     del frame
     _let_signals_end_the_process()
     raise KeyboardInterrupt(signal_number)
+
+
+def _make_output_take_everything() -> None:
+    """A name that is no text, or none in the terminal's encoding, is escaped; what is closed is written nowhere."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:  # as with `>&-`
+            setattr(sys, name, Path(os.devnull).open('w'))  # noqa: SIM115, for the rest of the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def _let_signals_end_the_process() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, run_command
 from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
 from flax_dlvc.steps import probabilities
@@ -98,12 +98,10 @@ def _is_free(out: Path) -> bool:
 def main(argv: list[str]) -> None:
     """Parses the command line and exports."""
     parser = ArgumentParser('python -m flax_dlvc.export', description='A trained model as a file that JAX alone runs.')
-    parser.add_argument('--workdir', type=Path, required=True, help='the run directory')
+    parser.add_argument('--workdir', type=existing_directory, required=True, help='the run directory')
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='a new directory')
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
     arguments = parser.parse_args(argv[1:])
-    if not arguments.workdir.is_dir():
-        raise ConfigError(f'{arguments.workdir} is not a run directory')
     export(arguments.workdir, arguments.step, arguments.out)
     size = (arguments.out / 'model.jax').stat().st_size
     print(f'{arguments.out / "model.jax"}: {size / 1e6:.1f} MB, for {" and ".join(PLATFORMS)}')

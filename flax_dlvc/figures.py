@@ -26,6 +26,7 @@ STYLE: Any = {
     'text.parse_math': False,  # a dollar in a name is one
 }
 NUM_EXAMPLES = 8  # images in the strip
+WIDTH_IN_STRIP = 'width of an image'  # name of a text in the strip's PNG file
 
 
 def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
@@ -191,6 +192,7 @@ def crop_scale(series: Sequence[tuple[str, list[Cell]]]) -> Any:
 def save_examples(config: ConfigDict, path: Path) -> None:
     """Writes training images of different classes, unchanged and side by side, as a PNG."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from flax_dlvc import data
 
@@ -198,9 +200,11 @@ def save_examples(config: ConfigDict, path: Path) -> None:
     _, first = np.unique(split.labels, return_index=True)
     images = np.concatenate([split.images[index] for index in sorted(first)[:NUM_EXAMPLES]], axis=1)
     picture = images.squeeze(-1) if images.shape[-1] == 1 else images
+    text = PngInfo()
+    text.add_text(WIDTH_IN_STRIP, str(split.images.shape[2]))
     try:
         with whole(path) as temporary:
-            Image.fromarray(picture).save(temporary)
+            Image.fromarray(picture).save(temporary, pnginfo=text)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
 
@@ -213,9 +217,11 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
 
     from flax_dlvc.augment import random_mirror, random_resized_crop
 
-    strip = np.asarray(Image.open(examples).convert('RGB'), np.float32) / 255
-    size = strip.shape[0]
-    images = jax.numpy.stack([strip[:, start : start + size] for start in range(0, strip.shape[1], size)])
+    with Image.open(examples) as picture:
+        # The first strips did not say it; their images were square.
+        width = int(picture.info.get(WIDTH_IN_STRIP, picture.height))
+        strip = np.asarray(picture.convert('RGB'), np.float32) / 255
+    images = jax.numpy.stack([strip[:, start : start + width] for start in range(0, strip.shape[1], width)])
     rows = [('as it is', np.asarray(images))]
     with jax.default_device(pictures.device_for_drawing()):
         for lowest in lowest_areas:
@@ -228,7 +234,8 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
                     )
 
                 rows.append((f'from {lowest:g}' if draw == 0 else '', np.asarray(jax.vmap(augment)(keys, images))))
-    figure = Figure(figsize=(0.75 * len(images) + 0.8, 0.75 * len(rows)), layout='constrained')
+    height = 0.75 * images.shape[1] / images.shape[2]
+    figure = Figure(figsize=(0.75 * len(images) + 0.8, height * len(rows)), layout='constrained')
     grid = figure.subplots(len(rows), len(images), squeeze=False)
     for axes_of_row, (label, examples_of_row) in zip(grid, rows, strict=True):
         for axes, picture in zip(axes_of_row, examples_of_row, strict=True):

@@ -149,6 +149,8 @@ def _list_classes(path: Path) -> dict[str, list[Path]]:
     """The files of each class, at any depth below its folder, in the order of their names' hashes."""
     classes = {}
     for name, folder in _list_folders(path).items():
+        if not _is_text(name):
+            raise ConfigError(f'{path} holds a class whose name is not UTF-8, {name!r}; rename its folder')
         hashed = [(hashlib.sha256(os.fsencode(f'{name}/{file.name}')).digest(), file) for file in _list_files(folder)]
         if not hashed:
             raise ConfigError(f'{folder} is a class without images; fill it or take it away')
@@ -157,6 +159,15 @@ def _list_classes(path: Path) -> dict[str, list[Path]]:
         raise ConfigError(f'{path} needs a folder for each of at least two classes; it has {len(classes)}')
     _refuse_loose(path)
     return classes
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written; Python reads other bytes as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _in_order(classes: dict[str, list[Path]]) -> list[tuple[Path, int]]:

@@ -5,6 +5,7 @@ Shapes: H height, W width, C channels.
 
 import contextlib
 import glob
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,27 +23,23 @@ class ImageError(Exception):
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:
-    """Every file that the names stand for: files, folders (with all below them) and globs, each name's sorted.
+    """Every file that the names stand for: files, folders (with all below them) and globs of both, each name's sorted.
 
     A name that stands for nothing is yielded as it is: reading it says what is wrong with it.
     """
     for name in names:
-        path = Path(name)
-        try:
-            is_folder, exists = path.is_dir(), path.exists()
-        except OSError:  # no name of a file at all, too long for one
-            is_folder, exists = False, False
-        if is_folder:
-            yield from sorted(file for file in path.rglob('*') if has_image_name(file) and file.is_file())
-        elif not exists and glob.has_magic(name):
-            yield from [Path(match) for match in sorted(glob.glob(name, recursive=True))] or [path]  # noqa: PTH207
-        else:
-            yield path
+        matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH110, PTH207
+        for match in matches or [name]:
+            path = Path(match)
+            if not os.path.isdir(path):  # noqa: PTH112, which is false, not an error, of a name too long for a file
+                yield path
+            elif '**' not in name or not matches:  # else all below it is a match as well
+                yield from sorted(file for file in path.rglob('*') if has_image_name(file) and file.is_file())
 
 
 def has_image_name(path: Path) -> bool:
-    """Whether a file's name ends as that of a kind of image that Pillow knows."""
-    return path.suffix.lower() in Image.registered_extensions()
+    """Whether a file's name ends as that of a kind of image that Pillow reads; PDF it only writes."""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
 def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:

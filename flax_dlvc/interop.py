@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from flax_dlvc.config import parse_command_line
-from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, run_command
 from flax_dlvc.rundir import whole
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import load_trained, save_as_run
@@ -177,11 +177,13 @@ def export_weights(workdir: Path, which: str, weights: Path) -> None:
     """Writes a checkpoint of a run directory as a safetensors file, which PyTorch's `load_state_dict` takes.
 
     Raises:
-        ConfigError: the checkpoint cannot be had, or there are no names for its model.
+        ConfigError: the checkpoint cannot be had, there are no names for its model, or `weights` is no name of a file.
         StorageError: the file cannot be written.
     """
     from safetensors.numpy import save
 
+    if weights.name in ('', '..'):
+        raise ConfigError(f'{weights} is a directory; name a file with --weights')
     tensors = to_torch(*load_trained(workdir, which))
     try:
         with whole(weights) as temporary:
@@ -197,9 +199,9 @@ def main(argv: list[str]) -> None:
     importing = commands.add_parser('import', help='--config FILE [--config.FIELD=VALUE …]: make a run directory')
     exporting = commands.add_parser('export', help='write the weights of a run directory')
     exporting.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
-    for command in (importing, exporting):
+    for command, directory in ((importing, Path), (exporting, existing_directory)):
         command.add_argument('--weights', type=Path, required=True, metavar='FILE.safetensors')
-        command.add_argument('--workdir', type=Path, required=True, help='the run directory')
+        command.add_argument('--workdir', type=directory, required=True, help='the run directory')
     arguments, config_arguments = parser.parse_known_args(argv[1:])
     if arguments.command == 'import':
         config = parse_command_line([argv[0], *config_arguments], lambda _: None).config
@@ -208,8 +210,6 @@ def main(argv: list[str]) -> None:
         return
     if config_arguments:
         parser.error(f'unknown arguments: {" ".join(config_arguments)}')
-    if not arguments.workdir.is_dir():
-        raise ConfigError(f'{arguments.workdir} is not a run directory')
     export_weights(arguments.workdir, arguments.step, arguments.weights)
     print(f'{arguments.workdir} is now {arguments.weights}')
 

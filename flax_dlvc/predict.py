@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, run_command
+from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, run_command
 from flax_dlvc.explain import draw, explain
 from flax_dlvc.images import ImageError, find_images, read_image, without_warnings
 from flax_dlvc.setup import Setup
@@ -92,7 +92,9 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | ImageError:
 def main(argv: list[str]) -> None:
     """Parses the command line, predicts and prints."""
     parser = ArgumentParser('python -m flax_dlvc.predict', description='Names the classes of image files.')
-    parser.add_argument('--workdir', type=Path, required=True, help='the run directory of the trained model')
+    parser.add_argument(
+        '--workdir', type=existing_directory, required=True, help='the run directory of the trained model'
+    )
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
     parser.add_argument('--top', type=int, default=5, help='classes to name for each image')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -101,8 +103,6 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv[1:])
     if arguments.top < 1:
         raise ConfigError(f'--top must be at least 1, not {arguments.top}')
-    if not arguments.workdir.is_dir():
-        raise ConfigError(f'{arguments.workdir} is not a run directory')
     setup, variables = load_trained(arguments.workdir, arguments.step)
     if arguments.explain:
         try:

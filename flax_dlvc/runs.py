@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from configs import default
 from flax_dlvc import results, rundir, tables
 from flax_dlvc.config import flatten
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, run_command
+from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, run_command
 
 # What is known of every run beside its config; accuracies are fractions.
 RESULTS = ('best_validation_accuracy', 'best_epoch', 'test_accuracy', 'seconds', 'state')
@@ -25,13 +26,7 @@ HIGHEST_FIRST = ('best_validation_accuracy', 'test_accuracy')
 
 
 def find(directory: Path) -> list[Path]:
-    """The run directories below a folder, itself included, sorted; nothing is looked for inside of one.
-
-    Raises:
-        ConfigError: it is not a folder.
-    """
-    if not directory.is_dir():
-        raise ConfigError(f'{directory} is not a directory')
+    """The run directories below a folder, itself included, sorted; nothing is looked for inside of one."""
     found = []
     for path, folders, files in os.walk(directory):
         if {'config.json', 'metrics.jsonl', 'result.json'} & set(files) or 'checkpoints' in folders:
@@ -84,8 +79,8 @@ def sort(records: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]
     Raises:
         ConfigError: there is no such column.
     """
-    fields = next((list(record['config']) for record in records if record['config']), [])
-    if column not in ('name', *RESULTS, *fields):
+    fields = {*flatten(default.get_config())}.union(*(record['config'] for record in records))
+    if column not in {'name', *RESULTS, *fields}:
         raise ConfigError(
             f'unknown column {column!r}; there are name, {", ".join(RESULTS)} and the fields of the config'
         )
@@ -130,7 +125,7 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
     """
     from flax_dlvc import figures, pictures
 
-    paths = [directory / name if (directory / name).is_dir() else Path(name) for name in names]
+    paths = [directory / name if os.path.isdir(directory / name) else Path(name) for name in names]  # noqa: PTH112, false of names too long
     runs = [
         dataclasses.replace(results.read_run(path.parent, path), name=name)
         for name, path in zip(names, paths, strict=True)
@@ -147,7 +142,9 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
 def main(argv: list[str]) -> None:
     """Parses the command line and prints."""
     parser = ArgumentParser('python -m flax_dlvc.runs', description='The run directories below a folder as a table.')
-    parser.add_argument('directory', type=Path, nargs='?', default=Path('runs'), help='the folder; runs by default')
+    parser.add_argument(
+        'directory', type=existing_directory, nargs='?', default='runs', help='the folder; runs by default'
+    )
     parser.add_argument('--sort', default='name', metavar='COLUMN', help=f'name, {", ".join(RESULTS)} or a field')
     parser.add_argument('--json', action='store_true', help='everything, with all fields of the configs, as JSON')
     parser.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='two runs, by their names in the table or paths')

@@ -21,7 +21,15 @@ from ml_collections import ConfigDict
 from flax_dlvc import data, distributed, results, rundir, tables
 from flax_dlvc.board import Board, describe_time
 from flax_dlvc.config import differing_fields
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, StoppedError, StorageError, run_command
+from flax_dlvc.errors import (
+    ArgumentParser,
+    CommandError,
+    ConfigError,
+    StoppedError,
+    StorageError,
+    existing_directory,
+    run_command,
+)
 from flax_dlvc.grid import Planned, plan
 from flax_dlvc.results import MODELS, REGULARIZATIONS
 
@@ -253,9 +261,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError('a study is one process; several form one run of flax_dlvc.main')
     workdir = arguments.workdir
     if arguments.rebuild:
-        if not workdir.is_dir():
-            raise ConfigError(f'{workdir} is not a directory')
-        write(workdir)
+        write(existing_directory(workdir))
         return
     grid = plan(
         workdir,

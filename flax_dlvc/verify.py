@@ -12,7 +12,7 @@ from typing import Any
 
 from flax_dlvc import rundir
 from flax_dlvc.checkpoint import Checkpoints, Progress
-from flax_dlvc.errors import ArgumentParser, CommandError, run_command
+from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, run_command
 from flax_dlvc.evaluate import evaluate
 from flax_dlvc.setup import set_up
 
@@ -24,8 +24,10 @@ def verify(workdir: Path) -> Iterator[Finding]:
     """Checks a run directory, one finding at a time.
 
     Raises:
-        ConfigError: it is not a run directory, or its dataset cannot be had or has changed.
+        ConfigError: it is not a run directory or a process is training in it; its dataset cannot be had or has changed.
     """
+    if rundir.is_locked(workdir):
+        raise ConfigError(f'a process is training in {workdir}; verify it when the run has ended')
     setup = set_up(rundir.read_config(workdir), training=False)
     yield 'config.json', None
     rundir.check_dataset(workdir, setup.dataset)  # no checkpoint says anything of another one
@@ -93,7 +95,7 @@ def _compare_history(workdir: Path, progress: Progress) -> str | None:
 def main(argv: list[str]) -> None:
     """Parses the command line and prints the findings."""
     parser = ArgumentParser('python -m flax_dlvc.verify', description='Checks a run directory.')
-    parser.add_argument('--workdir', type=Path, required=True, help='the run directory')
+    parser.add_argument('--workdir', type=existing_directory, required=True, help='the run directory')
     workdir = parser.parse_args(argv[1:]).workdir
     wrong = 0
     for what, problem in verify(workdir):

@@ -2,11 +2,15 @@
 
 import errno
 import gc
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
-from flax_dlvc.errors import ConfigError, StoppedError, ending, run_command
+from flax_dlvc.errors import ConfigError, StoppedError, ending, existing_directory, run_command
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,35 @@ def test_a_command_searches_for_garbage_seldom_but_does():
     with pytest.raises(SystemExit):
         run_command(main)
     assert searches == [0, 1]
+
+
+def test_a_directory_that_has_to_be_there(tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert existing_directory(str(tmp_path)) == tmp_path
+    for name in ('none', 'file'):
+        with pytest.raises(ConfigError, match=f'{name} is not a directory$'):
+            existing_directory(tmp_path / name)
+    with pytest.raises(ConfigError, match=r'cannot read .*x: File name too long$'):
+        existing_directory(tmp_path / ('x' * 300))
+
+
+@pytest.mark.parametrize('redirection', ['>&-', '2>&-', '>&- 2>&-'])
+def test_a_command_whose_output_is_closed_runs_and_keeps_its_exit_code(tmp_path, redirection):
+    for directory, exit_code in ((tmp_path, 0), (tmp_path / 'none', 2)):
+        command = f'exec {sys.executable} -m flax_dlvc.runs {directory} {redirection}'
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == exit_code
+        assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'ascii'])
+def test_a_name_that_cannot_be_printed_is_escaped(tmp_path, encoding):
+    os.makedirs(os.path.join(os.fsencode(tmp_path), 'één'.encode() + b'\xff', b'checkpoints'))  # noqa: PTH103, PTH118
+    done = subprocess.run(
+        [sys.executable, '-m', 'flax_dlvc.runs', tmp_path],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONIOENCODING': encoding},
+        capture_output=True,
+        check=True,
+    )
+    assert {'utf-8': 'één\\udcff'.encode(), 'ascii': b'\\xe9\\xe9n\\udcff'}[encoding] in done.stdout

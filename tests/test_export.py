@@ -108,7 +108,7 @@ def test_a_directory_that_is_there_is_left_alone(workdir, tmp_path):
         with pytest.raises(ConfigError, match='is there already'):
             export.export(workdir, 'best', out)
     assert [path.name for path in tmp_path.iterdir()] == ['mine']
-    with pytest.raises(ConfigError, match='not a run directory'):
+    with pytest.raises(ConfigError, match='is not a directory'):
         export.main(['', '--workdir', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')])
 
 

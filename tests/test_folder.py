@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -119,6 +120,10 @@ def test_what_is_refused(tmp_path):
     (folder / 'empty').mkdir()
     refused(folder, 'empty is a class without images')
     (folder / 'empty').rmdir()
+    not_text = os.fsdecode(b'caf\xe9')
+    (write_images(tmp_path, ['blue']) / 'blue').rename(folder / not_text)
+    refused(folder, r"a class whose name is not UTF-8, 'caf\\udce9'; rename its folder")
+    shutil.rmtree(folder / not_text)
     write_images(folder, ['blue'])
     damaged = folder / 'blue' / '1.png'
     whole = damaged.read_bytes()

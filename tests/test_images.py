@@ -98,7 +98,7 @@ def test_the_pixel_limit(tmp_path, monkeypatch):
 
 
 def test_files_folders_and_globs(tmp_path):
-    for name in ('b.png', 'a.JPG', 'c/d.webp', 'c/notes.txt', '[e].png'):
+    for name in ('b.png', 'a.JPG', 'c/d.webp', 'c/notes.txt', 'c/paper.pdf', '[e].png'):  # Pillow only writes PDF
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('')
 
@@ -109,6 +109,8 @@ def test_files_folders_and_globs(tmp_path):
     assert found('b.png', 'c') == ['b.png', 'c/d.webp']
     assert found('*.png') == ['[e].png', 'b.png']
     assert found('**/*.webp') == ['c/d.webp']
+    assert found('?') == ['c/d.webp']  # a folder
+    assert found('**') == ['[e].png', 'a.JPG', 'b.png', 'c/d.webp', 'c/notes.txt', 'c/paper.pdf']
     assert found('[e].png') == ['[e].png']  # a file of that very name
     assert found('missing.png', '*.gif') == ['missing.png', '*.gif']
     assert found('x' * 300) == ['x' * 300]  # longer than a name can be

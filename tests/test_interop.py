@@ -116,6 +116,10 @@ def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, com
     assert done.returncode == 0, done.stderr
     result = json.loads((tuned / 'result.json').read_text())['test']
     assert result['cross_entropy'] == pytest.approx(test['cross_entropy'], rel=1e-4)
+    for weights_name in ('.', '..', '/'):
+        done = command('interop', 'export', '--workdir', trained, '--weights', weights_name)
+        assert done.returncode == 2
+        assert done.stderr == f'error: {weights_name} is a directory; name a file with --weights\n'
     again = command('interop', 'import', *config, '--workdir', imported, *weights)
     assert again.returncode == 2 and 'holds a run already' in again.stderr and again.stderr.count('\n') == 1
     nowhere = command('main', *config, f'--config.init_from={tmp_path / "none"}', '--workdir', tmp_path / 'new')

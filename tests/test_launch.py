@@ -81,21 +81,44 @@ def test_it_installs_once_and_again_when_something_changed(installed):
         file.write('# changed\n')
     assert 'setting up' in launch(installed, 'python', PYTHON=python).stderr
     assert count.read_text() == 'x\nx\n'
+    (installed / '.venv.lock').unlink()
+    (installed / '.venv.lock').mkdir()  # as in a checkout that may only be read, no lock can be had, nor is one needed
+    assert launch(installed, 'python', PYTHON=python).returncode == 0
+    assert count.read_text() == 'x\nx\n'
 
 
 @pytest.mark.parametrize(
     ('listing', 'extras'), [('GPU 0: NVIDIA H100 (UUID: GPU-1)', '[test,cuda12]'), ('No devices found', '[test]')]
 )
 def test_a_gpu_chooses_the_cuda_extra(installed, tmp_path, listing, extras):
-    tools = tmp_path / 'tools'
+    done = launch(installed, 'python', PYTHON=make_venv_that_installs(installed), PATH=with_gpus(tmp_path, listing))
+    assert done.returncode == 0, done.stderr
+    assert installation(done).endswith(f'{installed}{extras}')
+
+
+def with_gpus(directory, listing):
+    """A PATH with an nvidia-smi that lists these."""
+    tools = directory / 'tools'
     tools.mkdir()
     (tools / 'nvidia-smi').write_text(f'#!/bin/sh\necho "{listing}"\n')
     (tools / 'nvidia-smi').chmod(0o755)
-    path = f'{tools}:{os.environ["PATH"]}'
-    done = launch(installed, 'python', PYTHON=make_venv_that_installs(installed), PATH=path)
-    assert done.returncode == 0, done.stderr
-    installation = next(line for line in done.stdout.splitlines() if 'pip install' in line)
-    assert installation.endswith(f'{installed}{extras}')
+    return f'{tools}:{os.environ["PATH"]}'
+
+
+def installation(done):
+    return next(line for line in done.stdout.splitlines() if 'pip install' in line)
+
+
+def test_nodes_with_and_without_gpus_share_a_checkout(installed, tmp_path):
+    python, path = make_venv_that_installs(installed), with_gpus(tmp_path, 'GPU 0: NVIDIA H100 (UUID: GPU-1)')
+    assert installation(launch(installed, 'python', PYTHON=python)).endswith('[test]')
+    assert installation(launch(installed, 'python', PYTHON=python, PATH=path)).endswith('[test,cuda12]')
+    for environment in ({}, {'PATH': path}):
+        done = launch(installed, 'python', PYTHON=python, **environment)
+        assert done.returncode == 0 and 'pip install' not in done.stdout
+    with (installed / 'pyproject.toml').open('a') as file:
+        file.write('# changed\n')
+    assert installation(launch(installed, 'python', PYTHON=python)).endswith('[test,cuda12]')
 
 
 def test_a_copy_that_sbatch_made_finds_the_checkout(installed, tmp_path):

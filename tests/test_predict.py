@@ -106,7 +106,7 @@ def test_what_is_refused(run_directory, pictures, tmp_path):
     image = str(pictures / 'digit_0.png')
     with pytest.raises(ConfigError, match='--top must be at least 1'):
         predict.main(['', '--workdir', str(run_directory), '--top', '0', image])
-    with pytest.raises(ConfigError, match='is not a run directory'):
+    with pytest.raises(ConfigError, match='is not a directory'):
         predict.main(['', '--workdir', str(tmp_path / 'none'), image])
     (tmp_path / 'file').write_text('')
     with pytest.raises(ConfigError, match='cannot make the folder'):

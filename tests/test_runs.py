@@ -1,5 +1,6 @@
 """`flax_dlvc.runs` on real small runs: finished, stopped, running, diverged, damaged."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -130,13 +131,16 @@ def test_compare_draws_and_names_what_differs(folder, tmp_path, capsys):
 def test_compare_draws_a_line_per_run_and_split(folder):
     from flax_dlvc import figures, results
 
-    figure = figures.compare(
-        [results.read_run(folder, folder / 'a'), results.read_run(folder, folder / 'deeper' / 'b')]
-    )
+    compared = [results.read_run(folder, folder / 'a'), results.read_run(folder, folder / 'deeper' / 'b')]
+    figure = figures.compare(compared)
     history = rundir.read_history(folder / 'a')
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[1].get_lines()}
     assert lines['validation, a'] == [line['validation_accuracy'] for line in history]
+    named = [label for label in lines if not label.startswith('_')]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == named
     assert lines['train, deeper/b'] == [line['train_accuracy'] for line in history[:2]]
+    figure = figures.compare([dataclasses.replace(run, name='_x') for run in compared])  # matplotlib hides such names
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ['train, _x', 'validation, _x'] * 2
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,7 @@ def test_compare_draws_a_line_per_run_and_split(folder):
         ['{folder}', '--sort', 'speed'],
         ['{folder}', '--compare', 'a', 'z'],
         ['{folder}', '--compare', 'c', 'c'],
+        ['{folder}', '--compare', 'a', 'x' * 300],
         ['{folder}', '--compare', 'a', 'a', '--out', 'x.svg'],
         ['{folder}', '--compare', 'a', 'a', '--out', '{folder}/no/x.png'],
     ],
@@ -157,8 +162,9 @@ def test_what_a_user_gets_wrong_is_one_line(folder, arguments):
 
 
 def test_nothing_to_list(tmp_path, capsys):
-    runs.main(['runs', str(tmp_path)])
-    assert capsys.readouterr().out == f'no run directories in {tmp_path}\n'
+    for arguments in ([], ['--sort', 'learning_rate']):
+        runs.main(['runs', str(tmp_path), *arguments])
+        assert capsys.readouterr().out == f'no run directories in {tmp_path}\n'
 
 
 def test_the_command_exits_with_2_and_needs_no_jax(folder, command):

@@ -7,12 +7,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import types
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from flax_dlvc import answers, figures, page, results, rundir, study, tables
+from flax_dlvc import answers, data, figures, page, results, rundir, study, tables
 from flax_dlvc.board import Board
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import Planned
@@ -326,6 +327,17 @@ def test_pictures_show_of_each_row_one_crop_and_say_what_is_special(finished_stu
 
 def study_cells(directory):
     return results.group(results.read_runs(directory))
+
+
+@pytest.mark.parametrize('shape', [(8, 8, 3), (8, 12, 1)])
+def test_the_strip_of_augmentations_shows_whole_images(tmp_path, monkeypatch, shape):
+    random = np.random.default_rng(0)
+    split = data.Split(random.integers(0, 256, (6, *shape), dtype=np.uint8), np.array([1, 0, 1, 2, 0, 1]))
+    monkeypatch.setattr(data, 'load', lambda _: types.SimpleNamespace(train=split))
+    figures.save_examples(results.base_config('cnn'), tmp_path / 'examples.png')
+    figure = figures.augmentation(tmp_path / 'examples.png', [0.5])
+    shown = np.stack([axes.images[0].get_array() for axes in figure.axes[:3]])
+    np.testing.assert_allclose(shown, np.broadcast_to(split.images[[0, 1, 3]], (3, *shape[:2], 3)) / 255, atol=1e-6)
 
 
 def test_runs_of_other_classes_are_in_no_table_together(tmp_path):

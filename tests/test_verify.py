@@ -7,7 +7,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from flax_dlvc import verify
+from flax_dlvc import rundir, verify
+from flax_dlvc.errors import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -31,6 +32,14 @@ def test_a_whole_run_is_ok(finished_run, command):
         'result.json',
         'metrics.jsonl',
     ]
+
+
+def test_a_run_that_is_going_on_is_not_called_damaged(finished_run):
+    with (
+        rundir.lock(finished_run),
+        pytest.raises(ConfigError, match=r'a process is training in .* when the run has ended'),
+    ):
+        verify.main(['verify', '--workdir', str(finished_run)])
 
 
 def change_result(workdir):
