@@ -5,11 +5,13 @@ Shapes: B batch, N images, H height, W width, C channels, K classes.
 
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
 
 from flax_dlvc import data
 from flax_dlvc.errors import ConfigError
@@ -25,9 +27,11 @@ METADATA: Any = {
     '.svg': {'Date': None, 'Creator': None},
 }  # the same bytes for the same data
 DPI = 150
+IMAGE_WIDTH = 150  # pixels, at most, of an image in a grid, unless it has more itself
+GAP, HEADER, FONT_SIZE = 12, 40, 15  # pixels, of a grid: between images, above each for its label, of its letters
 
 
-def training_images(config: ConfigDict, dataset: data.Dataset) -> Any:
+def training_images(config: ConfigDict, dataset: data.Dataset) -> Image.Image:
     """Images of the first training batch as the model sees them, augmented, with the names of their classes."""
     images, names = seen_in_training(config, dataset)
     return image_grid(images[:NUM_SHOWN], names)
@@ -74,7 +78,7 @@ def device_for_drawing() -> Any:
         return jax.local_devices()[0]
 
 
-def mistakes(split: data.Split, predictions: 'Predictions', class_names: Sequence[str]) -> Any:
+def mistakes(split: data.Split, predictions: 'Predictions', class_names: Sequence[str]) -> Image.Image:
     """The most confident mistakes among a split's predictions, the worst one first, with both classes."""
     chosen = confident_mistakes(predictions, split.labels)[:NUM_MISTAKES]
     labels = [
@@ -92,23 +96,33 @@ def confident_mistakes(predictions: 'Predictions', labels: np.ndarray) -> np.nda
     return wrong[np.argsort(-predictions.confidence[wrong], kind='stable')]
 
 
-def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> Any:
-    """Images (N, H, W, C) on the scale [0, 1] under their labels of up to two lines, row by row."""
-    from matplotlib.figure import Figure
+def image_grid(images: np.ndarray, labels: Sequence[str], columns: int = 8) -> Image.Image:
+    """Images (N, H, W, C) on the scale [0, 1], row by row, each enlarged a whole number of times, under labels.
 
-    # One pair of axes for all, in inches: with a pair for each image drawing takes five times as long.
-    aspect = images.shape[1] / images.shape[2]
-    width, height = 1.1 * columns, (aspect + 0.3) * max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    for number, (image, label) in enumerate(zip(images, labels, strict=False)):
-        left, top = 1.1 * (number % columns) + 0.05, (aspect + 0.3) * (number // columns) + 0.29
-        extent = (left, left + 1, top + aspect, top)
-        axes.imshow(np.clip(image, 0, 1), cmap='gray', vmin=0, vmax=1, interpolation='nearest', extent=extent)
-        axes.text(left + 0.5, top - 0.02, label, ha='center', va='bottom', fontsize=7, linespacing=1, parse_math=False)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    return figure
+    Drawn by Pillow: matplotlib takes a second to import, and half of one for these, which is seen where a run starts.
+    A label has up to two lines.
+    """
+    height, width = images.shape[1:3]
+    scale = max(1, IMAGE_WIDTH // width)
+    cell = scale * width + GAP, scale * height + HEADER
+    rows = max(1, -(-len(images) // columns))
+    grid = Image.new('RGB', (columns * cell[0], rows * cell[1]), 'white')
+    draw, font = ImageDraw.Draw(grid), _font()
+    pixels = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+    enlarged = np.broadcast_to(pixels, (*pixels.shape[:3], 3)).repeat(scale, axis=1).repeat(scale, axis=2)
+    for number, (image, label) in enumerate(zip(enlarged, labels, strict=False)):
+        left, top = number % columns * cell[0] + GAP // 2, number // columns * cell[1] + HEADER
+        grid.paste(Image.fromarray(image), (left, top))
+        middle = left + scale * width / 2
+        draw.multiline_text((middle, top - 3), label, 'black', font, anchor='md', spacing=1, align='center')
+    return grid
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """matplotlib's, which has more letters than Pillow's own; matplotlib itself is not imported."""
+    matplotlib = find_spec('matplotlib')
+    assert matplotlib and matplotlib.origin  # it is installed with this package
+    return ImageFont.truetype(Path(matplotlib.origin).with_name('mpl-data') / 'fonts/ttf/DejaVuSans.ttf', FONT_SIZE)
 
 
 def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], title: str) -> Any:
@@ -140,20 +154,28 @@ def draw_confusion(axes: Any, counts: np.ndarray, class_names: Sequence[str]) ->
     axes.set_ylabel('true')
 
 
-def encode_png(figure: Any) -> bytes:
+def encode_png(picture: Any) -> bytes:
     """A picture as a PNG file's content; the same data give the same bytes."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=DPI, format='png', metadata=METADATA['.png'])
+    _save(picture, content, '.png')
     return content.getvalue()
 
 
-def write(figure: Any, path: Path) -> None:
+def write(picture: Any, path: Path) -> None:
     """Writes a .png or .svg file whole or not at all; may raise an `OSError`."""
     with whole(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format=path.suffix[1:], metadata=METADATA[path.suffix])
+        _save(picture, temporary, path.suffix)
 
 
-def save_png(figure: Any, path: Path) -> None:
+def _save(picture: Any, file: Any, suffix: str) -> None:
+    """Saves one of Pillow's images or of matplotlib's figures."""
+    if isinstance(picture, Image.Image):
+        picture.save(file, suffix[1:])
+    else:
+        picture.savefig(file, dpi=DPI, format=suffix[1:], metadata=METADATA[suffix])
+
+
+def save_png(picture: Any, path: Path) -> None:
     """Writes a picture to a place that the user has named.
 
     Raises:
@@ -162,6 +184,6 @@ def save_png(figure: Any, path: Path) -> None:
     if path.suffix != '.png':
         raise ConfigError(f'{path} is not the name of a .png file')
     try:
-        write(figure, path)
+        write(picture, path)
     except OSError as error:
         raise ConfigError(f'cannot write {path}: {error.strerror}; choose another place') from error

@@ -1,6 +1,7 @@
 """What a run shows: a line or a live bar per epoch, curves, TensorBoard."""
 
 import contextlib
+import io
 import socket
 import sys
 import time
@@ -196,12 +197,15 @@ def _hyperparameters(config: ConfigDict) -> tuple[Any, Any]:
     return start, end
 
 
-def _image(tag: str, figure: Any) -> Any:
+def _image(tag: str, picture: Any) -> Any:
     """A picture as a summary."""
+    from PIL import Image
     from tensorboardX.proto.summary_pb2 import Summary
 
-    width, height = (int(pictures.DPI * inches) for inches in figure.get_size_inches())
-    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=pictures.encode_png(figure))
+    content = pictures.encode_png(picture)
+    with Image.open(io.BytesIO(content)) as opened:
+        width, height, colorspace = *opened.size, len(opened.getbands())
+    image = Summary.Image(width=width, height=height, colorspace=colorspace, encoded_image_string=content)
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT, read_history
 
 from flax_dlvc import grid as grid_module
 from flax_dlvc import rundir, study
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import CommandError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -171,21 +171,19 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
     assert 'digits' in (tmp_path / 'table.md').read_text()
 
 
-@pytest.mark.parametrize('parallel_runs', [1, 2])
-def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, small_run_flags, command, parallel_runs):
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, small_run_flags, capsys):
     grid = grid_module.plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=2, overrides=small_run_flags)
     theirs = grid[0].directory
     rundir.create(theirs, grid[0].config)
-    arguments = ['--models', 'cnn', '--regularizations', 'none', '--seeds', 2, '--parallel-runs', parallel_runs]
-    with rundir.lock(theirs):
-        done = command('study', '--workdir', tmp_path, *arguments, *small_run_flags)
-        assert sorted(path.name for path in theirs.iterdir()) == ['.lock', 'config.json']
-    assert done.returncode == 1, done.stderr
-    assert done.stderr == (
-        'error: 1 of 2 runs are trained by another process: cnn seed 0; start again when it has ended\n'
-    )
-    assert f'cnn seed 0 elsewhere after epoch 0: another process is training in {theirs};' in done.stdout
-    assert 'cnn seed 1 finished after epoch 3' in done.stdout
+    arguments = ['study', '--workdir', str(tmp_path), '--models', 'cnn', '--regularizations', 'none', '--seeds', '2']
+    message = '1 of 2 runs are trained by another process: cnn seed 0; start again when it has ended'
+    with rundir.lock(theirs), pytest.raises(CommandError, match=message) as error:
+        study.main([*arguments, *small_run_flags])
+    assert error.value.exit_code == 1
+    assert sorted(path.name for path in theirs.iterdir()) == ['.lock', 'config.json']
+    shown = capsys.readouterr().out
+    assert f'cnn seed 0 elsewhere after epoch 0: another process is training in {theirs};' in shown
+    assert 'cnn seed 1 finished after epoch 3' in shown
     assert 'seed 0 not finished, 0 epochs' in (tmp_path / 'table.md').read_text()
 
 
@@ -228,8 +226,6 @@ def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_run_flags):
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, small_run_flags, capsys):
-    from flax_dlvc.errors import CommandError
-
     vary = ['--vary', 'learning_rate=1e30,0.001', '--config.optimizer.name=sgd', '--config.num_epochs=1']
     arguments = ['study', '--workdir', str(tmp_path), '--models', 'cnn', '--regularizations', 'none', '--seeds', '1']
     with pytest.raises(CommandError, match='1 of 2 runs failed') as error:
