@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from flax_dlvc import results, rundir
+from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import Planned
 
 if TYPE_CHECKING:
@@ -82,8 +83,11 @@ class Board:
         return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
 
     def follow(self, planned: Planned) -> None:
-        """Reads how far a run is from its directory."""
-        run = results.read_run(planned.directory.parent.parent, planned.directory)
+        """Reads how far a run is from its directory; what cannot be read the run itself mends or complains of."""
+        try:
+            run = results.read_run(planned.directory.parent.parent, planned.directory)
+        except ConfigError:
+            return
         if planned.epochs != len(run.history):
             planned.epochs = len(run.history)
             self._measure(planned)

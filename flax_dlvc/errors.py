@@ -66,7 +66,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def existing_directory(name: str | Path) -> Path:
-    """An argparse type.
+    """The path of a directory that has to be there; an argparse type.
 
     Raises:
         ConfigError: it is not a directory, or cannot be looked at.

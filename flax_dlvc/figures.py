@@ -92,7 +92,7 @@ def curves(cells: Sequence[Cell]) -> Any:
                 _curve(axes[row, column], cell.runs, f'{split}_{quantity}', colour, style, split)
             axes[row, column].grid(alpha=0.25)
             axes[row, column].xaxis.get_major_locator().set_params(integer=True)
-        axes[0, column].set_title(_short_title(cell), fontsize=9)
+        axes[0, column].set_title(_short_title(cell, len(cell.runs)), fontsize=9)
         axes[1, column].set_xlabel('epoch')
     axes[0, 0].set_ylabel('cross-entropy (nats)')
     axes[1, 0].set_ylabel('accuracy')
@@ -100,12 +100,11 @@ def curves(cells: Sequence[Cell]) -> Any:
     return figure
 
 
-def _short_title(cell: Cell) -> str:
+def _short_title(cell: Cell, seeds: int) -> str:
     title = results.REGULARIZATIONS[cell.regularization].replace(' and ', '\nand ')
     for field, (ours, _) in cell.settings.items():
         if field != 'num_epochs':
             title += f'\n{field.split(".")[-1]} {results.plain(ours)}'
-    seeds = len(cell.runs)
     return f'{title}\n{seeds} seed{"s" * (seeds != 1)}, {cell.config.num_epochs} epochs at most'
 
 
@@ -159,7 +158,7 @@ def confusion(cells: Sequence[Cell]) -> Any:
         matrices = [run.evaluation['confusion_matrix'] for run in cell.finished if 'confusion_matrix' in run.evaluation]
         counts = np.sum(matrices, axis=0)
         pictures.draw_confusion(axes, counts, names)
-        axes.set_title(_short_title(cell), fontsize=9)
+        axes.set_title(_short_title(cell, len(matrices)), fontsize=9)
     for axes in list(grid):
         axes.remove()
     return figure

@@ -31,7 +31,7 @@ def find_images(names: Iterable[str]) -> Iterator[Path]:
         matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH110, PTH207
         for match in matches or [name]:
             path = Path(match)
-            if not os.path.isdir(path):  # noqa: PTH112, which is false, not an error, of a name too long for a file
+            if not os.path.isdir(path):  # noqa: PTH112, as `Path.is_dir` raises where a name is too long
                 yield path
             elif '**' not in name or not matches:  # else all below it is a match as well
                 yield from sorted(file for file in path.rglob('*') if has_image_name(file) and file.is_file())

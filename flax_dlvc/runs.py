@@ -125,7 +125,8 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
     """
     from flax_dlvc import figures, pictures
 
-    paths = [directory / name if os.path.isdir(directory / name) else Path(name) for name in names]  # noqa: PTH112, false of names too long
+    # `Path.is_dir` raises where a name is too long.
+    paths = [directory / name if os.path.isdir(directory / name) else Path(name) for name in names]  # noqa: PTH112
     runs = [
         dataclasses.replace(results.read_run(path.parent, path), name=name)
         for name, path in zip(names, paths, strict=True)

@@ -53,8 +53,7 @@ def carry_out(grid: list[Planned], parallel_runs: int) -> None:
         if rundir.check(planned.directory, planned.config) is not None:
             rundir.adopt(planned.directory, planned.config)  # or it would not be of its row, if it stopped early
             planned.state = 'finished'
-        if planned.directory.exists():
-            board.follow(planned)
+        board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
     if len(waiting) == len(grid):  # nothing has begun: a dataset that cannot be had is no single run's failure
         data.load(waiting[0].config)

@@ -18,6 +18,18 @@ def test_the_time_left_counts_runs_side_by_side(tmp_path, parallel_runs, expecte
     assert Board(grid, parallel_runs).time_left() == f'at most about {expected} seconds left'
 
 
+@pytest.mark.parametrize('files', [{}, {'config.json': '{'}, {'metrics.jsonl': 'torn'}])
+def test_a_run_that_cannot_be_read_is_where_it_was(tmp_path, files):
+    """Started again, a run writes them anew, or says what is wrong."""
+    (planned,) = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1)
+    Board([planned], 1).follow(planned)
+    rundir.create(planned.directory, planned.config)
+    for name, content in files.items():
+        (planned.directory / name).write_text(content)
+    Board([planned], 1).follow(planned)
+    assert (planned.epochs, planned.best) == (0, None)
+
+
 def test_an_epoch_takes_what_the_clock_says(tmp_path, monkeypatch):
     """Also where no step was timed; a run that goes on, less its earlier epochs; the run's end is counted in."""
     now = 0.0
