@@ -17,7 +17,7 @@ import time
 import pytest
 from conftest import ROOT, check_same_run
 
-KILLS = int(os.environ.get('FLAX_DLVC_KILLS', '12'))
+KILLS = int(os.environ.get('FLAX_DLVC_KILLS', '20'))
 
 MODELS = ('cnn', 'vit')
 
