@@ -2,7 +2,6 @@
 
 import pytest
 
-from flax_dlvc import board as board_module
 from flax_dlvc import rundir
 from flax_dlvc.board import Board
 from flax_dlvc.grid import plan
@@ -33,7 +32,7 @@ def test_a_run_that_cannot_be_read_is_where_it_was(tmp_path, files):
 def test_an_epoch_takes_what_the_clock_says(tmp_path, monkeypatch):
     """Also where no step was timed; a run that goes on, less its earlier epochs; the run's end is counted in."""
     now = 0.0
-    monkeypatch.setattr(board_module.time, 'monotonic', lambda: now)
+    monkeypatch.setattr('flax_dlvc.board.time.monotonic', lambda: now)
     first, second, third, other = grid = plan(
         tmp_path, models=['cnn'], regularizations=['none', 'dropout'], seeds=2, overrides=['--config.num_epochs=10']
     )

@@ -13,9 +13,9 @@ import time
 import pytest
 from conftest import ROOT, read_history
 
-from flax_dlvc import grid as grid_module
 from flax_dlvc import rundir, study
 from flax_dlvc.errors import CommandError, ConfigError
+from flax_dlvc.grid import plan
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, small_run_flags, capsys):
-    grid = grid_module.plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=2, overrides=small_run_flags)
-    theirs = grid[0].directory
-    rundir.create(theirs, grid[0].config)
+    first, _ = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=2, overrides=small_run_flags)
+    theirs = first.directory
+    rundir.create(theirs, first.config)
     arguments = ['study', '--workdir', str(tmp_path), '--models', 'cnn', '--regularizations', 'none', '--seeds', '2']
     message = '1 of 2 runs are trained by another process: cnn seed 0; start again when it has ended'
     with rundir.lock(theirs), pytest.raises(CommandError, match=message) as error:
