@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_dlvc.models.convolution import Conv
-from flax_dlvc.models.layers import Dropout, StochasticDepth, attention, gelu, max_pool, row_major
+from flax_dlvc.models.layers import Dropout, LayerNorm, StochasticDepth, attention, gelu, max_pool, row_major
 
 
 def image_to_patches(x: jax.Array, patch_size: int) -> jax.Array:
@@ -60,10 +60,10 @@ class Block(nn.Module):
         """Maps tokens (B, N, D) to tokens (B, Q, D)."""
         embed_dim = x.shape[-1]
         sometimes = partial(StochasticDepth(self.stochastic_depth_rate), deterministic=not train)
-        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_1')(x)
+        y = LayerNorm(dtype=self.dtype, name='layer_norm_1')(x)
         attend = SelfAttention(self.num_heads, self.dropout_rate, self.dtype, self.num_outputs, name='attn')
         x = x[:, : self.num_outputs] + sometimes(attend(y, train=train))
-        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='layer_norm_2')(x)
+        y = LayerNorm(dtype=self.dtype, name='layer_norm_2')(x)
         y = gelu(nn.Dense(self.hidden_dim, dtype=self.dtype, name='linear_0')(y))
         y = Dropout(self.dropout_rate)(y, deterministic=not train)
         y = nn.Dense(embed_dim, dtype=self.dtype, name='linear_3')(y)
@@ -90,7 +90,7 @@ class ViT(nn.Module):
         if self.patch_stem == 'convolutional':  # Xiao et al. 2021, arXiv:2106.14881: what a patch is, learned locally
             for number, features in enumerate((self.embed_dim // 4, self.embed_dim // 2)):
                 x = Conv(features, (3, 3), dtype=self.dtype, name=f'stem_{number}')(x)
-                x = gelu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f'stem_norm_{number}')(x))
+                x = gelu(LayerNorm(dtype=self.dtype, name=f'stem_norm_{number}')(x))
                 x = max_pool(x, (2, 2), (2, 2)) if number == 0 else x
             x = image_to_patches(x, self.patch_size // 2)
         else:
@@ -115,7 +115,7 @@ class ViT(nn.Module):
                 name=f'transformer_{layer}',
             )
             x = block(x, train=train)
-        x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='mlp_head_0')(x[:, 0])
+        x = LayerNorm(dtype=self.dtype, name='mlp_head_0')(x[:, 0])
         if train:  # for the gradient of the next kernel XLA would turn all tokens' maps round, batch last, on a GPU
             x = row_major(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name='mlp_head_1')(x).astype(jnp.float32)
