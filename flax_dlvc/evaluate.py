@@ -61,10 +61,9 @@ def evaluate_checkpoint(workdir: Path, split_name: str, which: str) -> dict[str,
     Raises:
         ConfigError: the directory or the checkpoint is missing, damaged, or not ours, or the dataset has changed.
     """
-    config = rundir.read_config(workdir)
+    setup = set_up(rundir.read_config(workdir), training=False)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find(which)
-        setup = set_up(config, training=False)
         rundir.check_dataset(workdir, setup.dataset)
         if not len(getattr(setup.dataset, split_name)):
             raise ConfigError(f'the {split_name} split of {workdir} is empty; name another one with --split')

@@ -137,8 +137,8 @@ class Setup:
     def compiling(self) -> Iterator[None]:
         """Within, what a run begins with compiles in threads of its own: the initial state and the training step.
 
-        One program keeps XLA busy on one and a half cores. On two, a ViT's take 4.7 s side by side instead of 5.9. In a
-        run of several processes, whose `pmap` compiles for arrays that are there and for nothing less, they wait.
+        One program keeps XLA busy on one and a half cores. On two, a ViT's take 4.7 s side by side instead of 5.9. Of
+        several processes nothing compiles ahead: there `pmap` can be lowered for real arrays only.
         """
         if jax.process_count() > 1:
             yield
@@ -223,6 +223,13 @@ class Setup:
         return data.place(split, self._replicated_here)
 
 
+def prepare_backend(num_devices: int) -> None:
+    """Sets what all commands that compute have in common, before JAX or Orbax starts the backend; all devices for 0."""
+    runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
+    runtime.set_cpu_options()
+    runtime.keep_freed_memory(num_devices)
+
+
 @timed('start')
 def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
     """Loads the data and chooses the devices.
@@ -234,9 +241,7 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
     Raises:
         ConfigError: the dataset cannot be had, or the config does not fit it or the devices.
     """
-    runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
-    runtime.set_cpu_options()
-    runtime.keep_freed_memory(config.num_devices)
+    prepare_backend(config.num_devices)
     dataset = data.load(config)
     if not training:
         return Setup(config, dataset, steps.run_devices(min(config.num_devices, jax.local_device_count())))

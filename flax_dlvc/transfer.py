@@ -10,7 +10,7 @@ import numpy as np
 from flax_dlvc import rundir, steps
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.setup import Setup
+from flax_dlvc.setup import Setup, prepare_backend
 
 
 def load_trained(workdir: Path, which: str = 'best') -> tuple[Setup, dict[str, Any]]:
@@ -26,7 +26,9 @@ def load_trained(workdir: Path, which: str = 'best') -> tuple[Setup, dict[str, A
     Raises:
         ConfigError: the directory or the checkpoint is missing, damaged, or not one of ours.
     """
-    setup = Setup(rundir.read_config(workdir), rundir.read_dataset(workdir), jax.local_devices()[:1])
+    config, dataset = rundir.read_config(workdir), rundir.read_dataset(workdir)
+    prepare_backend(1)
+    setup = Setup(config, dataset, jax.local_devices()[:1])
     with Checkpoints(workdir, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(checkpoints.find(which), setup.abstract_state)
     return setup, state.variables

@@ -195,7 +195,8 @@ def start() -> Callable[..., subprocess.Popen]:
         return subprocess.Popen(
             [sys.executable, '-m', f'flax_dlvc.{module}', *map(str, arguments)],
             cwd=ROOT,
-            env=os.environ | environment,
+            # XLA's options each command has to set itself, and before it starts the backend.
+            env={name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

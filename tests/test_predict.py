@@ -77,6 +77,12 @@ def test_a_path_in_brackets_is_shown_as_it_is(run_directory, pictures, tmp_path,
     assert str(path) in capsys.readouterr().out
 
 
+def test_what_predict_compiles_is_kept(run_directory, pictures, tmp_path, command):
+    done = command('predict', '--workdir', run_directory, pictures / 'digit_0.png', FLAX_DLVC_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert any((tmp_path / 'compiled').iterdir())
+
+
 def test_a_damaged_image_costs_a_line_and_the_exit_code(run_directory, pictures, tmp_path, capsys):
     arguments = ['', '--workdir', str(run_directory), '--top', '2', '--explain', str(tmp_path / 'out'), str(pictures)]
     with pytest.raises(CommandError, match='1 of 4 images cannot be read') as caught:
