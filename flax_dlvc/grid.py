@@ -13,6 +13,8 @@ from flax_dlvc import results
 from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line
 from flax_dlvc.errors import ConfigError
 
+WRITABLE = str.maketrans('[]', '()')  # with brackets in a directory's name `rundir.check` would refuse it
+
 
 @dataclasses.dataclass
 class Planned:
@@ -73,7 +75,8 @@ def plan(
         name = results.config_name(model, regularization)
         for point in itertools.product(*axes):
             flags, labels = {_field_of(flag): flag for flag in overrides}, []
-            for field, value in point:
+            # Whether it crops comes first: of what does not, fields of crops are left out.
+            for field, value in sorted(point, key=lambda axis: axis[0] != 'augment.random_resized_crop'):
                 so_far = _parse_config(name, list(flags.values()))
                 if field.startswith('augment.random_resized_crop_') and not so_far.augment.random_resized_crop:
                     continue  # it changes nothing where nothing is cropped
@@ -84,7 +87,7 @@ def plan(
                 if flatten(_parse_config(name, list(changed.values()))) != flatten(so_far):
                     flags = changed
                     labels.append(f'{field}={value}')
-            cell = ','.join([name, *labels])
+            cell = ','.join([name, *labels]).translate(WRITABLE)
             if any(planned.cell == cell for planned in grid):
                 continue
             for seed in range(seeds):

@@ -7,9 +7,10 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ml_collections import ConfigDict
 
@@ -35,6 +36,10 @@ _RESULT = {
     'test': _TEST,
 }
 
+LOCK_SECONDS = 0.5
+ANEW = 'remove it and result.json, and the command that trained the run writes both anew'
+UNSAVABLE = '[\\'  # Orbax looks for what it has written by a pattern that begins with the path
+
 
 def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     """Whether `config` may run in a directory; writes nothing.
@@ -45,8 +50,18 @@ def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
         The result of the finished run that the directory holds, or None: there is something left to do.
 
     Raises:
-        ConfigError: the directory holds a run of another config, or something that is not a run.
+        ConfigError: the directory holds a run of another config, or something that is not a run, or has a name with
+            which no checkpoint can be saved.
     """
+    result = _result_of(workdir, config)
+    if result is None and set(UNSAVABLE) & set(str(workdir.resolve())):
+        names = ' or '.join(UNSAVABLE)
+        raise ConfigError(f'no checkpoint can be saved in {workdir}: its path has {names}; choose another --workdir')
+    return result
+
+
+def _result_of(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """As `check`, whatever the directory is called."""
     try:
         if not workdir.exists():
             return None
@@ -124,7 +139,7 @@ def write_dataset(workdir: Path, dataset: data.Dataset) -> None:
 
 
 def check_dataset(workdir: Path, dataset: data.Dataset) -> None:
-    """That a dataset is the one which a run began with, by classes, shape, mean and standard deviation.
+    """That a dataset is the one which a run began with, by all that dataset.json says of it.
 
     Raises:
         ConfigError: it has changed since, or dataset.json is missing or damaged.
@@ -149,7 +164,7 @@ def read_dataset(workdir: Path) -> data.Dataset:
     except FileNotFoundError as error:
         raise ConfigError(f'{workdir} has no dataset.json; is it a run directory?') from error
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f'{path} is damaged; the command that trained the run writes it anew if removed') from error
+        raise ConfigError(f'{path} is damaged; {ANEW}') from error
 
 
 @contextlib.contextmanager
@@ -166,7 +181,7 @@ def lock(workdir: Path) -> Iterator[None]:
         raise _storage_error(workdir, error) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(file)
         except BlockingIOError:
             raise ConfigError(
                 f'another process is training in {workdir}; wait for it, or choose another --workdir'
@@ -176,6 +191,18 @@ def lock(workdir: Path) -> Iterator[None]:
                 f'{workdir} cannot be locked ({error.strerror}); choose a --workdir on another file system'
             ) from error
         yield
+
+
+def _lock_soon(file: IO[str]) -> None:
+    """Locks a file, or raises a `BlockingIOError` after a while: `is_locked` has the lock for an instant, too."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def is_locked(workdir: Path) -> bool:
@@ -264,7 +291,7 @@ def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f'{path} is damaged; starting the run again writes it anew') from error
+        raise ConfigError(f'{path} is damaged; {ANEW}') from error
 
 
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:

@@ -88,7 +88,7 @@ def _compare_history(workdir: Path, progress: Progress) -> str | None:
     except CommandError as error:
         return str(error)
     if history != progress.history:
-        return 'it is not the history that the newest checkpoint holds; starting the run again writes it anew'
+        return f'it is not the history that the newest checkpoint holds; {rundir.ANEW}'
     return None
 
 

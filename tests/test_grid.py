@@ -1,5 +1,8 @@
 """The grid: its order, its axes, and what they leave alone."""
 
+import pytest
+
+from flax_dlvc import rundir
 from flax_dlvc.grid import plan
 
 
@@ -63,6 +66,24 @@ def test_an_axis_can_switch_crops_on(tmp_path):
     assert [(each.random_resized_crop, each.random_resized_crop_scale[0]) for each in settings] == [
         (True, 0.25), (True, 0.5), (False, 0.08),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_axes_may_come_in_any_order(tmp_path, order):
+    axes = ['augment.random_resized_crop_scale_min=0.25,0.5', 'augment.random_resized_crop=True,False'][::order]
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1, vary=axes)
+    settings = [planned.config.augment for planned in grid]
+    assert {(each.random_resized_crop, each.random_resized_crop_scale[0]) for each in settings} == {
+        (True, 0.25), (True, 0.5), (False, 0.08),
+    }  # fmt: skip
+
+
+def test_a_cell_of_a_split_is_a_directory_in_which_checkpoints_can_be_saved(tmp_path):
+    axes = ['splits.train=train[:20%],train[20%:40%]']
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1, vary=axes)
+    assert [planned.cell for planned in grid] == ['cnn,splits.train=train(:20%)', 'cnn,splits.train=train(20%:40%)']
+    for planned in grid:
+        assert rundir.check(planned.directory, planned.config) is None
 
 
 def test_a_row_without_dropout_stays_one(tmp_path):

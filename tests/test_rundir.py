@@ -3,6 +3,7 @@ import fcntl
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -263,6 +264,29 @@ def test_a_name_that_is_too_long(tmp_path, config):
         rundir.create(workdir, config)
 
     refused('too long', check_and_create)
+
+
+@pytest.mark.parametrize('name', ['run[1]', 'a\\b'])
+def test_a_name_with_which_no_checkpoint_can_be_saved(tmp_path, workdir, config, name):
+    """Orbax would save one that nobody can read, and say nothing."""
+    refused('no checkpoint can be saved in', rundir.check, tmp_path / name, config)
+    refused('no checkpoint can be saved in', rundir.check, tmp_path / name / 'below', config)
+    (tmp_path / 'link').symlink_to(tmp_path / name)
+    refused('no checkpoint can be saved in', rundir.check, tmp_path / 'link', config)
+    assert not (tmp_path / name).exists()
+    rundir.write_result(workdir, RESULT)
+    workdir.rename(tmp_path / name)
+    assert rundir.check(tmp_path / name, config) == RESULT  # nothing is left to save
+
+
+def test_who_asks_whether_a_process_trains_is_not_taken_for_one(workdir):
+    with rundir.lock(workdir):
+        assert rundir.is_locked(workdir)
+    asking = (workdir / '.lock').open()
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    threading.Timer(0.1, asking.close).start()
+    with rundir.lock(workdir):
+        assert asking.closed
 
 
 def test_one_process_at_a_time(workdir):
