@@ -55,7 +55,7 @@ class DamagedError(Exception):
 
 
 class _LatestAndBest:
-    """Orbax preservation policy: keeps the latest `keep_latest` checkpoints and what each of them has as the best.
+    """Orbax preservation policy: keeps the latest `keep_latest` checkpoints, and the best one as of each of them.
 
     An older one's, too, or a run that has to go on from it would miss its best.
 
@@ -103,7 +103,7 @@ class Checkpoints:
             raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
 
     def __enter__(self) -> 'Checkpoints':
-        sys.unraisablehook = _report_unless_loop_is_closed
+        sys.unraisablehook = _report_unless_loop_is_closed  # for good: some of it comes after the end
         return self
 
     @timed('saving')
@@ -115,8 +115,6 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise self._storage_error(failure) from failure
-        finally:
-            sys.unraisablehook = sys.__unraisablehook__
 
     @property
     def steps(self) -> list[int]:
@@ -212,7 +210,7 @@ class Checkpoints:
             None where there are no checkpoints.
 
         Raises:
-            ConfigError: there are checkpoints, but none is whole; nothing is changed.
+            ConfigError: there are checkpoints, but none is whole, or not the best one; nothing is changed.
         """
         damaged: list[tuple[int, DamagedError]] = []
         for step in reversed(self.steps):
@@ -221,6 +219,7 @@ class Checkpoints:
             except DamagedError as error:
                 damaged.append((step, error))
                 continue
+            self._check_best(restored[1].best_step, step, like)
             for damaged_step, damage in damaged if is_main() else ():
                 aside = self._set_aside(damaged_step)
                 print(
@@ -241,6 +240,18 @@ class Checkpoints:
                 'remove the run directory to start anew'
             )
         return None
+
+    def _check_best(self, best: int | None, newest: int, like: TrainState) -> None:
+        """Else a run would train to its end, and only then miss what it is to test."""
+        if best in (None, newest):
+            return
+        try:
+            self.restore(best, like)
+        except ConfigError as error:
+            raise ConfigError(
+                f'{error}; it is the best of this run: test the newest with evaluate --step latest, '
+                'or remove the run directory to start anew'
+            ) from error
 
     def find(self, which: str) -> int:
         """Turns 'best', 'latest' or a number into a training step.

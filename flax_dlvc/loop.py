@@ -241,7 +241,7 @@ def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress, 
     try:
         checkpoints.save(state, progress)
     except FloatingPointError:
-        check_finite(math.nan, 'next', int(state.step), setup, checkpoints)
+        raise diverged('the state is not finite', int(state.step), setup, checkpoints) from None
 
 
 class Clock:
@@ -317,13 +317,18 @@ def advance(config: ConfigDict, progress: Progress, record: dict[str, Any]) -> P
 
 
 def check_finite(loss: float, split: str, step: int, setup: Setup, checkpoints: Checkpoints) -> None:
-    """Raises a `DivergedError` that names the step, the learning rate and the last good checkpoint."""
-    if math.isfinite(loss):
-        return
+    """Raises the `DivergedError` of a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise diverged(f'the {split} loss is {loss}', step, setup, checkpoints)
+
+
+def diverged(what: str, step: int, setup: Setup, checkpoints: Checkpoints) -> DivergedError:
+    """The error of a run that diverged; it names the step, the learning rate and the last good checkpoint."""
     saved = checkpoints.latest_step
     kept = 'no checkpoint was saved yet' if saved is None else f'the checkpoint of step {saved} is kept'
-    raise DivergedError(
-        f'the {split} loss is {loss} at step {step} with learning rate {float(setup.schedule(step - 1)):.3g}; {kept}; '
+    rate = float(setup.schedule(step - 1))
+    return DivergedError(
+        f'{what} at step {step} with learning rate {rate:.3g}; {kept}; '
         'lower --config.learning_rate or set --config.optimizer.gradient_clip_norm'
     )
 

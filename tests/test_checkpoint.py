@@ -249,6 +249,15 @@ def test_where_none_is_whole_nothing_is_changed(two_checkpoints, tmp_path):
     assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '20']
 
 
+def test_where_the_best_is_damaged_a_run_does_not_go_on_without_it(two_checkpoints, tmp_path):
+    """It would train to its end, and then have nothing to test."""
+    workdir = shutil.copytree(two_checkpoints, tmp_path / 'run')
+    shutil.rmtree(workdir / 'checkpoints' / '10' / 'state')
+    with pytest.raises(ConfigError, match=r'step 10 is damaged .* it is the best of this run: test the newest with'):
+        restore_latest(workdir)
+    assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['10', '20']
+
+
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     state = make_state(10)
     params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(np.nan), state.params)

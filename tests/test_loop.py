@@ -1,16 +1,19 @@
 """Whole runs on a fifth of the digits, in this process."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import SMALL_RUN, check_same_run, read_events, read_history, restore_latest
 
 from flax_dlvc import loop, pictures, rundir, transfer
-from flax_dlvc.checkpoint import Checkpoints
+from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.data import load
 from flax_dlvc.errors import ConfigError, DivergedError
 from flax_dlvc.evaluate import evaluate_checkpoint
+from flax_dlvc.setup import set_up
 
 
 @pytest.fixture
@@ -139,6 +142,20 @@ def test_another_config_is_refused_and_what_differs_is_named(finished_run):
         loop.run(other, workdir)
 
 
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'dataset.json'])
+def test_a_damaged_file_of_a_finished_run_is_written_anew_as_its_message_says(finished_run, tmp_path, name):
+    config, finished, result = finished_run
+    workdir = shutil.copytree(finished, tmp_path / 'run')
+    (workdir / name).write_text('{')
+    read = {'metrics.jsonl': rundir.read_history, 'dataset.json': rundir.read_dataset}[name]
+    with pytest.raises(ConfigError, match=r'damaged; remove it and result\.json, and the command that trained the run'):
+        read(workdir)
+    (workdir / name).unlink()
+    (workdir / 'result.json').unlink()
+    assert loop.run(config, workdir) == result
+    assert (workdir / name).read_text() == (finished / name).read_text()
+
+
 def test_how_a_run_is_carried_out_may_change(finished_run):
     config, workdir, result = finished_run
     other = config.copy_and_resolve_references()
@@ -150,17 +167,44 @@ def test_early_stopping_ends_the_run_and_reports_the_best_epoch(small_config, tm
     small_config.learning_rate = 1e-12  # nothing ever improves after the first epoch
     small_config.num_epochs = 10
     small_config.early_stopping.patience = 2
+    small_config.keep_checkpoints = 1
     result = loop.run(small_config, tmp_path)
     assert (result['best_epoch'], result['epochs_run'], result['stopped_early']) == (1, 3, True)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == [4, 12]
         assert (checkpoints.find('best'), checkpoints.find('latest')) == (4, 12)
 
 
-def test_the_loss_chooses_the_best_epoch_where_it_is_told_to(small_config, tmp_path):
-    small_config.early_stopping.metric = 'validation_loss'
-    result = loop.run(small_config, tmp_path)
-    losses = [record['validation_loss'] for record in read_history(tmp_path)]
-    assert result['best_epoch'] == 1 + int(np.argmin(losses))
+@pytest.mark.parametrize(
+    ('metric', 'min_delta', 'best_epoch'),
+    [
+        ('validation_accuracy', 0.0, 3),
+        ('validation_accuracy', 0.2, 1),
+        ('validation_loss', 0.0, 2),
+        ('validation_loss', 0.5, 1),
+    ],
+)
+def test_the_best_epoch_is_the_one_of_the_metric_and_the_margin_in_the_config(
+    small_config, metric, min_delta, best_epoch
+):
+    small_config.early_stopping.metric, small_config.early_stopping.min_delta = metric, min_delta
+    progress = Progress()
+    for epoch, (loss, accuracy) in enumerate([(1.0, 0.5), (0.75, 0.25), (0.875, 0.625)], start=1):
+        record = {'epoch': epoch, 'step': 4 * epoch, 'validation_loss': loss, 'validation_accuracy': accuracy}
+        progress = loop.advance(small_config, progress, record)
+    assert (progress.stopping.best_epoch, progress.best_step) == (best_epoch, 4 * best_epoch)
+    assert progress.stopping.epochs_without_improvement == 3 - best_epoch
+
+
+def test_a_state_that_is_not_finite_ends_the_run(small_config, tmp_path):
+    setup = set_up(small_config)
+    state = setup.create_state()
+    state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(DivergedError, match=r'^the state is not finite at step 0 .* no checkpoint was saved yet; lower'),
+    ):
+        loop.save(checkpoints, state, Progress(), setup)
 
 
 def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(small_config, tmp_path):
