@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def _config_path(argv: Sequence[str]) -> Path:
     if not name:
         raise ConfigError('no config: say --config configs/NAME.py')
     path = Path(name.partition(':')[0])  # what follows is an argument of its get_config
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113, as `Path.is_file` raises where a name is too long
         raise ConfigError(f'{path} is not a file: say --config configs/NAME.py')
     return path
 
@@ -247,15 +248,15 @@ def _lists_to_tuples(value: Any) -> Any:
     return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-# Fields that say how a run is carried out; they may differ when it goes on. Two of them change more than rounding:
-# num_devices and accumulate_steps move dropout masks, mixing, and a batch norm that is not synchronised.
+# Fields that say how a run is carried out; they may differ when it goes on, and between seeds of a study. Two of them
+# change more than rounding: they move dropout masks, mixing, and a batch norm that is not synchronised.
+PARTITION_FIELDS = ('accumulate_steps', 'num_devices')
 EXECUTION_FIELDS = (
-    'accumulate_steps',
+    *PARTITION_FIELDS,
     'checkpoint_every_minutes',
     'checkpoint_every_steps',
     'evaluation_batch_size',
     'keep_checkpoints',
-    'num_devices',
     'steps_per_call',
 )
 

@@ -58,9 +58,8 @@ def command(run: Run) -> str:
     ]
     name = run.config.name if run.config.name in known else 'default'
     theirs = config.flatten(results.base_config(name))
-    flags = [
-        f'--config.{f}={ours[f]}' for f in ours if f not in ('name', *config.EXECUTION_FIELDS) and ours[f] != theirs[f]
-    ]
+    without_effect = set(config.EXECUTION_FIELDS) - set(config.PARTITION_FIELDS)
+    flags = [f'--config.{f}={ours[f]}' for f in ours if f not in ('name', *without_effect) and ours[f] != theirs[f]]
     return shlex.join(
         ['python', '-m', 'flax_dlvc.main', '--config', f'configs/{name}.py', *flags, '--workdir', f'runs/{run.name}']
     )

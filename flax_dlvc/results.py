@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from flax_dlvc import rundir
-from flax_dlvc.config import differing_fields, flatten
+from flax_dlvc.config import PARTITION_FIELDS, differing_fields, flatten
 from flax_dlvc.errors import ConfigError
 
 MODELS = {'resnet18': 'ResNet18', 'cnn': 'CNN', 'vit': 'ViT'}
@@ -181,6 +181,11 @@ class Cell:
     def note(self) -> str:
         """What was reduced or changed, and what is missing."""
         notes = [f'{field} {plain(ours)} (file: {plain(theirs)})' for field, (ours, theirs) in self.settings.items()]
+        usual = default.get_config()
+        for field in PARTITION_FIELDS:
+            values = sorted({run.config[field] for run in self.runs})
+            if values != [usual[field]]:
+                notes.append(f'{field} {", ".join(map(str, values))} (default: {usual[field]})')
         if len(self.finished) == 1:
             notes.append('one run')
         for run in self.runs:

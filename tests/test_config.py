@@ -345,6 +345,7 @@ def test_command_lines_are_independent(parse):
         (['--config.seed=1'], 'no config: say --config'),
         (['--config', '/nowhere/to_be_found.py'], '^/nowhere/to_be_found.py is not a file: say --config'),
         (['--config=/', '--config.seed=1'], '^/ is not a file'),
+        (['--config', 'x' * 300], f'^{"x" * 300} is not a file'),
         (['--config', QUICKSTART, '--config.foo=1'], "unknown field 'foo'"),
         (['--config', QUICKSTART, '--config.model.foo=1'], "unknown field 'model.foo'"),
         (['--config', QUICKSTART, '--config.seed=abc'], r'config\.seed=abc'),

@@ -132,6 +132,17 @@ def test_other_data_is_not_compared_with_the_report(tmp_path):
     assert cell.report is None and cell.note == 'one run'
 
 
+def test_what_splits_a_batch_otherwise_is_noted_and_repeated(tmp_path):
+    for seed, parts in enumerate((1, 8)):
+        write_run(
+            tmp_path / 'cnn' / f'seed_{seed}', 'cnn', seed, 0.9, accumulate_steps=parts, keep_checkpoints=seed + 1
+        )
+    (cell,) = results.group(results.read_runs(tmp_path))
+    assert cell.note == 'accumulate_steps 1, 8 (default: 1)'
+    assert ['accumulate_steps=8' in page.command(run) for run in cell.runs] == [False, True]
+    assert not any('keep_checkpoints' in page.command(run) for run in cell.runs)
+
+
 def test_answers_say_what_the_runs_say(finished_study):
     text = (finished_study / 'answers.md').read_text()
     assert 'CNN, dropout, against none: +9.67 ' in text and ': better.' in text
