@@ -1,4 +1,4 @@
-"""The training state, the training step and the evaluation step; the only file that knows devices.
+"""The training state, the training step and the evaluation step; the only file that maps over devices.
 
 Shapes: D devices, S steps in one call, B examples per device and step, N examples, H W C image, K classes.
 
@@ -147,8 +147,9 @@ def augment_batch(
         batch = jax.vmap(augmentation)(example_keys, batch)
     if mixing is None:
         return batch, None
-    # A key per part of a batch: that of its first example, folded in once more.
-    return mixing(jax.random.fold_in(jax.random.fold_in(step_key, indices[0]), 1), batch)
+    # A key per part of a batch, by its first example, and none that an example itself has.
+    mixing_key = jax.random.fold_in(step_key, jnp.iinfo(jnp.uint32).max)
+    return mixing(jax.random.fold_in(mixing_key, indices[0]), batch)
 
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:

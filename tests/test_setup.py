@@ -71,6 +71,74 @@ def test_what_is_compiled_ahead_is_what_a_run_begins_with(num_devices, steps_per
     assert compilations()[before:] == []
 
 
+# Fields of which the training program is made, and a value besides the default.
+IN_THE_TRAINING_PROGRAM = {
+    'accumulate_steps': 2,
+    'compute_dtype': 'bfloat16',
+    'dropout_rate': 0.3,
+    'label_smoothing': 0.1,
+    'augment.random_resized_crop': True,
+    'augment.random_mirror': True,
+    'augment.alternating_mirror': True,
+    'augment.random_translate': 1,
+    'augment.trivial_augment': True,
+    'augment.mixup_alpha': 0.2,
+    'augment.cutmix_alpha': 1.0,
+    'augment.cutout': 2,
+    'optimizer.name': 'sgd',
+    'optimizer.weight_decay': 0.1,
+    'optimizer.gradient_clip_norm': 1.0,
+    'schedule.name': 'cosine',
+    'schedule.decay_per_epoch': 0.5,
+    'schedule.warmup_epochs': 1.0,
+    'ema_decay': 0.9,
+}
+
+
+def training_program(config):
+    setup = set_up(config)
+    return setup.lower_train_step(setup.training_calls(1)[0]).as_text()
+
+
+@pytest.fixture(scope='module')
+def default_program(small_vit_config):
+    return training_program(small_vit_config)
+
+
+def test_the_same_config_makes_the_same_program(small_vit_config, default_program):
+    assert training_program(small_vit_config) == default_program
+
+
+@pytest.mark.parametrize('field', IN_THE_TRAINING_PROGRAM)
+def test_the_training_program_has_every_field(field, small_vit_config, default_program):
+    config = small_vit_config.copy_and_resolve_references()
+    config.update_from_flattened_dict({field: IN_THE_TRAINING_PROGRAM[field]})
+    assert training_program(config) != default_program
+
+
+def test_batch_norm_is_synchronized_where_the_config_says_so(small_config):
+    small_config.model.name, small_config.num_devices = 'resnet18', 2
+    programs = []
+    for small_config.synchronize_batch_norm in (False, True):
+        programs.append(training_program(small_config).count('all_reduce'))
+    assert programs[0] < programs[1]
+
+
+def test_evaluation_and_prediction_see_the_views_of_the_config(small_vit_config):
+    def programs(views):
+        config = small_vit_config.copy_and_resolve_references()
+        config.test_time_augmentation = views
+        setup = set_up(config)
+        variables, split = setup.create_state().variables, setup.dataset.test
+        indices = np.arange(8, dtype=np.int32).reshape(1, 1, 8)
+        totals = setup.empty_totals(len(split))
+        evaluation = setup.evaluation_step.lower(variables, totals, *setup.place(split), indices)
+        return evaluation.as_text(), setup.prediction_step.lower(variables, split.images[:8]).as_text()
+
+    assert programs('none') == programs('none')
+    assert all(one != other for one, other in zip(programs('none'), programs('mirror'), strict=True))
+
+
 @pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 1)])
 @pytest.mark.parametrize('name', MODELS)
 def test_models_adapt_to_size_channels_and_classes(name, shape):

@@ -121,6 +121,21 @@ def test_augmentation_differs_between_examples_and_steps(split):
     np.testing.assert_array_equal(seen(0, np.arange(8)[::-1]), first[::-1])
 
 
+def test_what_mixes_a_batch_has_a_key_that_no_example_has(split):
+    def mark(key, image):
+        """Pixels become the random numbers of the keys that an example has or may make of its own."""
+        keys = [key, *jax.random.split(key), *(jax.random.fold_in(key, number) for number in range(5))]
+        numbers = jnp.stack([jax.random.uniform(each) for each in keys])
+        return image.reshape(-1).at[: len(keys)].set(numbers).reshape(image.shape)
+
+    def mixing(key, batch):
+        return batch, jnp.full(len(batch), jax.random.uniform(key))
+
+    key, indices = steps.keys_of(3)[1], np.arange(8)
+    marked, shares = steps.augment_batch(key, split.images[indices], indices, jnp.int32(0), mark, 0, mixing)
+    assert not np.isin(shares, marked.reshape(8, -1)[:, :8]).any()
+
+
 def test_each_training_step_augments_anew(split):
     """With a learning rate of zero and the same batch every time, only the step's number moves the loss."""
     arguments = {'model': make_model(), 'num_devices': 1, 'learning_rate': 0.0, 'same_batch': True}
