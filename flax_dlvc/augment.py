@@ -1,6 +1,6 @@
 """Stateless image augmentation: a key per example, inside the compiled step.
 
-Shapes: H height, W width, C channels. All functions take one example; steps map them over a batch.
+Shapes: B batch, H height, W width, C channels. What takes one example is mapped over a batch by the steps.
 """
 
 from collections.abc import Callable, Sequence

@@ -91,8 +91,8 @@ def barrier(name: str) -> None:
 class Agreement:
     """Makes all processes act on the same call of this on what one of them wants.
 
-    Between two calls each process must wait for the step of the call before the last, as `loop.train` and `evaluate`
-    do. Then no process is two calls ahead of process 0, and what that announces for its call after next comes in time.
+    A process must have waited for the result of step n before its call for step n + 2, as in `loop.train` and
+    `evaluate`. Then none is two calls ahead of process 0, and what that announces for its call after next is in time.
     """
 
     def __init__(self, name: str):

@@ -34,7 +34,8 @@ def find_images(names: Iterable[str]) -> Iterator[Path]:
             if not os.path.isdir(path):  # noqa: PTH112, as `Path.is_dir` raises where a name is too long
                 yield path
             elif '**' not in name or not matches:  # else all below it is a match as well
-                yield from sorted(file for file in path.rglob('*') if has_image_name(file) and file.is_file())
+                # Not `Path.is_file`, which raises where a folder may be listed but not entered.
+                yield from sorted(file for file in path.rglob('*') if has_image_name(file) and os.path.isfile(file))  # noqa: PTH113
 
 
 def has_image_name(path: Path) -> bool:
@@ -56,7 +57,7 @@ def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
     Raises:
         ImageError: missing, unreadable, truncated, of more than `MAX_PIXELS` pixels, or of numbers whose scale nobody
-            knows: floating-point ones, or integers beyond 16 bits.
+            knows: floating-point ones, or integers of 32 bits that do not use 9 to 16 of them.
     """
     height, width, channels = shape
     with _open(path) as image:
@@ -105,6 +106,8 @@ def _opaque(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ImageError('its pixels do not fit into 16 bits; save it with 8 or 16')
+        if image.mode == 'I' and 0 < values.max() < 256:
+            raise ImageError('its pixels have 32 bits and only values below 256; save it with 8 or 16 bits')
         return Image.fromarray((values >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image

@@ -206,12 +206,12 @@ def main(argv: list[str]) -> None:
     if arguments.command == 'import':
         config = parse_command_line([argv[0], *config_arguments], lambda _: None).config
         import_weights(set_up(config), arguments.weights, arguments.workdir)
-        print(f'{arguments.weights} is now {arguments.workdir}')
+        print(f'made the run directory {arguments.workdir} from {arguments.weights}')
         return
     if config_arguments:
         parser.error(f'unknown arguments: {" ".join(config_arguments)}')
     export_weights(arguments.workdir, arguments.step, arguments.weights)
-    print(f'{arguments.workdir} is now {arguments.weights}')
+    print(f'wrote the weights of {arguments.workdir} to {arguments.weights}')
 
 
 if __name__ == '__main__':

@@ -47,7 +47,7 @@ def test_16_bits_are_scaled_and_transparency_is_white(tmp_path):
     assert (read_image(tmp_path / 'clear.png', (4, 4, 3)) == 255).all()
 
 
-@pytest.mark.parametrize(('kind', 'value'), [(np.float32, 0.5), (np.int32, 1 << 20), (np.int32, -1)])
+@pytest.mark.parametrize(('kind', 'value'), [(np.float32, 0.5), (np.int32, 1 << 20), (np.int32, -1), (np.int32, 255)])
 def test_numbers_of_unknown_scale_are_refused(tmp_path, kind, value):
     Image.fromarray(np.full((4, 4), value, kind)).save(tmp_path / 'a.tif')
     with pytest.raises(ImageError, match='8 or 16'):

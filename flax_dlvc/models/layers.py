@@ -219,11 +219,11 @@ def row_major(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def kept_apart(x: jax.Array) -> jax.Array:
-    """`x`, before and after which YNNPACK computes nothing in one where the program is for a CPU.
+    """`x`; on a CPU, XLA cannot have YNNPACK compute in one call what comes before it and what comes after it.
 
-    XLA hands it whatever reduces together with the products that follow, and by it those take longer than by Eigen. An
-    optimization barrier does not keep them apart; what does is any operation that it lacks, such as this comparison. In
-    training the gradient's use of `x` does, so there it is `x` itself. Reverse-mode derivatives only.
+    It would have it compute a reduction together with the matrix products that follow, which takes YNNPACK longer than
+    Eigen. An optimization barrier does not prevent it; any operation that YNNPACK lacks does, such as this comparison.
+    In training the gradient's use of `x` is enough, so there it is `x` itself. Reverse-mode derivatives only.
     """
     return jnp.where(x == x, x, jnp.nan) if on_cpu() else x
 
