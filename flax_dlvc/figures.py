@@ -5,6 +5,7 @@ line styles and markers tell them apart in print.
 """
 
 import statistics
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,15 @@ def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
     return drawn
 
 
+def _as_file_name(dataset: str) -> str:
+    """A dataset's name for files; of a long path its end, and a number that tells it from others with that end."""
+    name = dataset.replace('/', '_')
+    return name if len(name.encode()) <= 150 else f'{name[-30:]}_{zlib.crc32(dataset.encode()):08x}'
+
+
 def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, Any]]:
     for dataset, members in results.datasets(cells).items():
-        suffix = '' if dataset == 'cifar10' else f'_{dataset.replace("/", "_")}'
+        suffix = '' if dataset == 'cifar10' else f'_{_as_file_name(dataset)}'
         for model, title in results.MODELS.items():
             # A picture compares regularisations. Crop scales have one of their own; their first cell is here.
             plain: dict[str, Cell] = {}

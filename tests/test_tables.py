@@ -132,6 +132,15 @@ def test_other_data_is_not_compared_with_the_report(tmp_path):
     assert cell.report is None and cell.note == 'one run'
 
 
+def test_figures_of_folders_with_long_paths_have_names_of_their_own(tmp_path):
+    folders = [f'folder:/{"data/" * 50}{name}/photos of whatever there was' for name in ('a', 'b')]
+    for number, folder in enumerate(folders):
+        write_run(tmp_path / f'cnn{number}' / 'seed_0', 'cnn', 0, 0.9, dataset=folder)
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    curves = sorted(path.name for path in (tmp_path / 'figures').glob('curves_cnn_*.png'))
+    assert len(curves) == 2 and all('_photos of whatever there was_' in name for name in curves)
+
+
 def test_what_splits_a_batch_otherwise_is_noted_and_repeated(tmp_path):
     for seed, parts in enumerate((1, 8)):
         write_run(
