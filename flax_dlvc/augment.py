@@ -23,6 +23,15 @@ CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 NUM_OPERATIONS, NUM_STRENGTHS = 14, 31  # of TrivialAugment
 
 
+def in_training(config: ConfigDict, mean: Sequence[float], steps_per_epoch: int) -> dict[str, Any]:
+    """What training does to images by `config.augment`: arguments of `steps.make_train_step` and `augment_batch`."""
+    return {
+        'augmentation': make_augmentation(config, mean),
+        'mirror_period': steps_per_epoch if config.alternating_mirror else 0,
+        'mixing': make_mixing(config),
+    }
+
+
 def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation | None:
     """Builds the augmentation of single images that `config.augment` describes, or None where it describes none.
 

@@ -34,8 +34,8 @@ def find_images(names: Iterable[str]) -> Iterator[Path]:
             if not os.path.isdir(path):  # noqa: PTH112, as `Path.is_dir` raises where a name is too long
                 yield path
             elif '**' not in name or not matches:  # else all below it is a match as well
-                # Not `Path.is_file`, which raises where a folder may be listed but not entered.
-                yield from sorted(file for file in path.rglob('*') if has_image_name(file) and os.path.isfile(file))  # noqa: PTH113
+                below = filter(has_image_name, path.rglob('*'))
+                yield from sorted(filter(os.path.isfile, below))  # `Path.is_file` raises in a folder closed to us
 
 
 def has_image_name(path: Path) -> bool:

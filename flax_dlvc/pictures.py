@@ -48,13 +48,11 @@ def seen_in_training(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndar
 
     from flax_dlvc import augment, steps
 
-    augmentation = augment.make_augmentation(config.augment, dataset.mean)
-    mixing = augment.make_mixing(config.augment)
-    mirror_period = len(dataset.train) // config.batch_size if config.augment.alternating_mirror else 0
+    augmentation = augment.in_training(config.augment, dataset.mean, len(dataset.train) // config.batch_size)
 
     def first_batch(seed: jax.Array, images: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         _, key, _ = steps.keys_of(seed)
-        return steps.augment_batch(key, images, indices, jax.numpy.int32(0), augmentation, mirror_period, mixing)
+        return steps.augment_batch(key, images, indices, jax.numpy.int32(0), **augmentation)
 
     indices = data.epoch_order(len(dataset.train), config.seed, 1)[: config.batch_size]
     with jax.default_device(device_for_drawing()):

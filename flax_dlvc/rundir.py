@@ -36,8 +36,8 @@ _RESULT = {
     'test': _TEST,
 }
 
-LOCK_SECONDS = 0.5
-ANEW = 'remove it and result.json, and the command that trained the run writes both anew'
+LOCK_SECONDS = 0.5  # for which one waits for a lock
+ANEW = 'remove it and any result.json, and the command that trained the run writes them anew'
 UNSAVABLE = '[\\'  # Orbax looks for what it has written by a pattern that begins with the path
 
 

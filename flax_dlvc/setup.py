@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
-from flax_dlvc.augment import make_augmentation, make_mixing
+from flax_dlvc.augment import in_training
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
@@ -93,14 +93,12 @@ class Setup:
         return steps.make_train_step(
             model=self.model,
             make_optimizer=partial(optim.make_optimizer, self.config, self.steps_per_epoch),
-            augmentation=make_augmentation(self.config.augment, self.dataset.mean),
             mean=self.dataset.mean,
             std=self.dataset.std,
             label_smoothing=self.config.label_smoothing,
             ema_decay=self.config.ema_decay,
             accumulate_steps=self.config.accumulate_steps,
-            mirror_period=self.steps_per_epoch if self.config.augment.alternating_mirror else 0,
-            mixing=make_mixing(self.config.augment),
+            **in_training(self.config.augment, self.dataset.mean, self.steps_per_epoch),
             devices=self.devices,
         )
 

@@ -148,7 +148,7 @@ def test_a_damaged_file_of_a_finished_run_is_written_anew_as_its_message_says(fi
     workdir = shutil.copytree(finished, tmp_path / 'run')
     (workdir / name).write_text('{')
     read = {'metrics.jsonl': rundir.read_history, 'dataset.json': rundir.read_dataset}[name]
-    with pytest.raises(ConfigError, match=r'damaged; remove it and result\.json, and the command that trained the run'):
+    with pytest.raises(ConfigError, match=r'damaged; remove it and any result\.json, and the command that trained the'):
         read(workdir)
     (workdir / name).unlink()
     (workdir / 'result.json').unlink()
