@@ -54,7 +54,7 @@ def check(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
             which no checkpoint can be saved.
     """
     result = _result_of(workdir, config)
-    if result is None and set(UNSAVABLE) & set(str(workdir.resolve())):
+    if result is None and set(UNSAVABLE) & set(os.path.realpath(workdir)):  # `Path.resolve` raises in loops
         names = ' or '.join(UNSAVABLE)
         raise ConfigError(f'no checkpoint can be saved in {workdir}: its path has {names}; choose another --workdir')
     return result

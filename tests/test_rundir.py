@@ -279,6 +279,12 @@ def test_a_name_with_which_no_checkpoint_can_be_saved(tmp_path, workdir, config,
     assert rundir.check(tmp_path / name, config) == RESULT  # nothing is left to save
 
 
+def test_a_link_to_itself(tmp_path, config):
+    (tmp_path / 'link').symlink_to('link')
+    assert rundir.check(tmp_path / 'link', config) is None
+    refused('cannot write .*link: File exists', rundir.create, tmp_path / 'link', config)
+
+
 def test_who_asks_whether_a_process_trains_is_not_taken_for_one(workdir):
     with rundir.lock(workdir):
         assert rundir.is_locked(workdir)
