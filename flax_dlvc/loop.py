@@ -73,6 +73,8 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
         except DivergedError as error:
             if distributed.is_main():
                 rundir.write_failure(workdir, str(error), error.exit_code)
+                if history := rundir.read_history(workdir):
+                    draw_curves(config, workdir, history)
             raise
         if distributed.is_main():
             rundir.write_result(workdir, result)
@@ -180,6 +182,7 @@ def train(
             best_step = checkpoints.find('best')
             best, _ = checkpoints.restore(best_step, setup.abstract_state)
             test, predictions = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
+            check_finite(test['cross_entropy'], 'test', best_step, setup, checkpoints)
         except StopRequested as request:
             save(checkpoints, state, progress, setup)
             checkpoints.wait()
@@ -193,13 +196,7 @@ def train(
     best_epoch = progress.stopping.best_epoch
     if distributed.is_main():
         rundir.write_evaluation(workdir, 'test', evaluation)
-        plot_curves(
-            progress.history,
-            title=f'{config.name} on {config.dataset}',
-            best_epoch=best_epoch,
-            stopped_early=stopped_early,
-            path=workdir / 'curves.png',
-        )
+        draw_curves(config, workdir, progress.history, best_epoch, stopped_early)
         tensorboard.end(epochs_run, test, predictions)
     del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     return {
@@ -262,6 +259,23 @@ class Clock:
             self._step, self._time = step, now
             self._agree = distributed.Agreement(f'save after {step}')
         return due
+
+
+def draw_curves(
+    config: ConfigDict,
+    workdir: Path,
+    history: Sequence[dict[str, Any]],
+    best_epoch: int | None = None,
+    stopped_early: bool = False,
+) -> None:
+    """Draws curves.png."""
+    plot_curves(
+        history,
+        title=f'{config.name} on {config.dataset}',
+        best_epoch=best_epoch,
+        stopped_early=stopped_early,
+        path=workdir / 'curves.png',
+    )
 
 
 def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Progress, display: Display) -> None:
@@ -354,7 +368,10 @@ class Monitor:
             self._look()
 
     def finish(self) -> float:
-        """Looks at the last call; returns images/s, without the first call, which may have been compiled."""
+        """Looks at the last call; returns images/s, without the first of several, which may have been compiled.
+
+        0.0 where there was none: an epoch that was stopped in its validation is finished without a step.
+        """
         self._look()
         return self._images_per_second
 

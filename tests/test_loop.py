@@ -213,6 +213,7 @@ def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(s
     with pytest.raises(DivergedError, match=r'training loss is (nan|inf) at step [1-4] .* no checkpoint was saved yet'):
         loop.run(small_config, tmp_path / 'at once')
     assert not (tmp_path / 'at once' / 'result.json').exists()
+    assert not (tmp_path / 'at once' / 'curves.png').exists()
 
     small_config.learning_rate = 1e-3
     small_config.num_epochs = 1
@@ -220,6 +221,7 @@ def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(s
     loop.run(small_config, workdir)
     # The run goes on, now with a learning rate that it cannot survive.
     (workdir / 'result.json').unlink()
+    (workdir / 'curves.png').unlink()
     small_config.num_epochs, small_config.learning_rate = 2, 1e8
     (workdir / 'config.json').unlink()
     rundir.create(workdir, small_config)
@@ -227,6 +229,19 @@ def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(s
         loop.run(small_config, workdir)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         assert checkpoints.latest_step == 4
+    assert (workdir / 'curves.png').exists()
+
+
+def test_a_run_that_diverges_with_its_last_step_and_has_no_validation_has_diverged(small_config, tmp_path):
+    """Its training loss is that of before the step."""
+    small_config.splits.validation = ''
+    small_config.early_stopping.patience = 0
+    small_config.batch_size = 256  # one step
+    small_config.num_epochs = 1
+    small_config.learning_rate = 1e10
+    with pytest.raises(DivergedError, match=r'the test loss is (nan|inf) at step 1 .* of step 1 is kept'):
+        loop.run(small_config, tmp_path)
+    assert not (tmp_path / 'result.json').exists()
 
 
 def test_cosine_one_cycle_and_sgd_train(small_config, tmp_path):
