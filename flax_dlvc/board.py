@@ -1,5 +1,6 @@
 """The terminal's view of a study: a live table with a line per run, and the time that is left."""
 
+import collections
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from flax_dlvc.grid import Planned
 if TYPE_CHECKING:
     from flax_dlvc.report import Display
 
+BY_IMPORTANCE = ('running', 'failed', 'elsewhere', 'finished', 'waiting')  # states, where not all runs can be shown
+LINES_AROUND_ROWS = 7  # of the table: its title, head and borders, and what it says of the runs left out
+
 
 class Board:
     """A live table of the grid; without a terminal a line per ended run."""
@@ -23,6 +27,7 @@ class Board:
     def __init__(self, grid: Sequence[Planned], parallel_runs: int):
         self._grid, self._parallel_runs = grid, parallel_runs
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._ended = False
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
 
     def __enter__(self) -> 'Board':
@@ -31,6 +36,7 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True  # what stays in the terminal is the whole table
         self._live.stop()
 
     def start(self, planned: Planned) -> None:
@@ -134,12 +140,28 @@ class Board:
         table = Table(title=self.time_left(), title_justify='left')
         for column in ('run', 'seed', 'state', 'epoch', 'best validation accuracy'):
             table.add_column(column)
-        for planned in self._grid:
+        shown = self._shown()
+        for planned in (self._grid[place] for place in shown):
             best = '' if planned.best is None else f'{planned.best:.4f}'
             epoch = f'{planned.epochs}/{planned.config.num_epochs}'
             style = {'running': 'bold', 'failed': 'red', 'waiting': 'dim'}.get(planned.state)
             table.add_row(planned.cell, str(planned.config.seed), planned.state, epoch, best, style=style)
+        left_out = collections.Counter(run.state for place, run in enumerate(self._grid) if place not in shown)
+        if left_out:
+            table.caption = 'and ' + ', '.join(f'{count} {state}' for state, count in left_out.items())
         return table
+
+    def _shown(self) -> list[int]:
+        """Places in the grid of the runs that have a line: all, or as many as the terminal has room for."""
+
+        def importance(place: int) -> tuple[int, int]:
+            state = self._grid[place].state
+            # Of those that wait the next ones, of the others the last ones.
+            return BY_IMPORTANCE.index(state), place if state == 'waiting' else -place
+
+        places = range(len(self._grid))
+        room = len(places) if self._ended else max(1, self._console.height - LINES_AROUND_ROWS)
+        return sorted(sorted(places, key=importance)[:room])
 
 
 def describe_time(seconds: float) -> str:

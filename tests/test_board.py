@@ -1,6 +1,7 @@
-"""The view of a study: the time that is left."""
+"""The view of a study: the table on a terminal, and the time that is left."""
 
 import pytest
+from rich.console import Console
 
 from flax_dlvc import rundir
 from flax_dlvc.board import Board
@@ -68,3 +69,32 @@ def test_an_epoch_takes_what_the_clock_says(tmp_path, monkeypatch):
     second.state = 'elsewhere'
     assert (second.epochs_left, other.epochs_left) == (0, 10)
     assert board.time_left() == 'at most about 10 seconds left'
+
+
+@pytest.mark.parametrize('lines', [12, 24, 80])
+def test_a_low_terminal_shows_the_runs_that_matter(tmp_path, lines):
+    grid = plan(tmp_path, models=['cnn', 'vit'], regularizations=['none', 'dropout'], seeds=9)
+    for place, planned in enumerate(grid):
+        planned.state = 'finished' if place < 30 else 'waiting'
+    grid[2].state, grid[31].state = 'failed', 'running'
+    board = Board(grid, 1)
+    board._console = Console(width=100, height=lines, color_system=None)
+
+    def look():
+        with board._console.capture() as capture:
+            board._console.print(board._render())
+        return capture.get().rstrip().splitlines()
+
+    shown = look()
+    assert len(shown) <= lines
+    assert sum('running' in line for line in shown) == 1
+    assert sum('failed' in line for line in shown if 'and' not in line) == 1
+    assert any('vit_dropout' in line and '│ 2 ' in line for line in shown)  # that ended last
+    rows = sum('│ cnn' in line or '│ vit' in line for line in shown)
+    if rows < len(grid):
+        numbers = [int(word) for word in shown[-1].split() if word.isdecimal()]
+        assert rows + sum(numbers) == len(grid)
+    else:
+        assert lines == 80
+    board._ended = True
+    assert sum('│ cnn' in line or '│ vit' in line for line in look()) == len(grid)
