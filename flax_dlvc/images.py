@@ -12,10 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # More pixels than any camera takes: a small file that claims more is an error or a decompression bomb.
 MAX_PIXELS = 100_000_000
+
+# What turns an image upright, by its orientation in EXIF (CIPA DC-008, `Orientation`); 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(Exception):
@@ -61,8 +72,7 @@ def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     height, width, channels = shape
     with _open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        opaque = _opaque(upright).convert('L' if channels == 1 else 'RGB')
+        opaque = _opaque(_upright(image)).convert('L' if channels == 1 else 'RGB')
         fitted = ImageOps.fit(opaque, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted, np.uint8).reshape(shape)
 
@@ -96,6 +106,12 @@ def _open(path: Path) -> Iterator[Image.Image]:
         raise ImageError('there is no such file') from None
     except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
         raise ImageError(' '.join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its camera was held; of all that EXIF says nothing else is read, as much of it may be malformed."""
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -128,7 +128,8 @@ def main(argv: list[str]) -> None:
             row = '' if rank else record['path'], entry['class'], f'{entry["probability"]:.4f}'
             table.add_row(*map(Text, row))  # whose brackets are no markup
         if prediction.heat is not None:
-            picture = arguments.explain / f'{number:04d}_{prediction.path.stem}.png'
+            name = prediction.path.stem[:50]  # the longest ones have no room for what comes before
+            picture = arguments.explain / f'{number:04d}_{name}.png'
             best = record['predictions'][0]
             draw(prediction.image, prediction.heat, f'{best["class"]} {best["probability"]:.2f}', picture)
             record['explanation'] = str(picture)

@@ -1,8 +1,10 @@
 """Files of images: what is found, how it is read, what is refused."""
 
+import struct
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from flax_dlvc import images
 from flax_dlvc.images import ImageError, find_images, read_image
@@ -54,11 +56,23 @@ def test_numbers_of_unknown_scale_are_refused(tmp_path, kind, value):
         read_image(tmp_path / 'a.tif', (4, 4, 1))
 
 
-def test_a_photograph_is_turned_upright(tmp_path):
+@pytest.mark.parametrize('orientation', range(10))
+def test_a_photograph_is_turned_upright_whatever_else_its_camera_wrote(tmp_path, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(PIXELS).save(tmp_path / 'a.png', exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / 'a.png', (32, 32, 3)), PIXELS[::-1, ::-1])
+    with Image.open(tmp_path / 'a.png') as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_image(tmp_path / 'a.png', (32, 32, 3)), upright)
+    assert np.array_equal(upright, PIXELS) == (orientation not in range(2, 9))
+
+    exif[ExifTags.Base.ResolutionUnit] = 7
+    content = exif.tobytes()
+    entry = struct.pack('>HHI', ExifTags.Base.ResolutionUnit, 3, 1)  # a SHORT, one of it
+    assert content.count(entry) == 1
+    content = content.replace(entry, struct.pack('>HHI', ExifTags.Base.ResolutionUnit, 2, 1))  # ASCII
+    Image.fromarray(PIXELS).save(tmp_path / 'odd.png', exif=content)
+    np.testing.assert_array_equal(read_image(tmp_path / 'odd.png', (32, 32, 3)), upright)
 
 
 @pytest.mark.parametrize('keep', [0, 1, 20, 200, 1500])

@@ -96,6 +96,14 @@ def test_a_damaged_image_costs_a_line_and_the_exit_code(run_directory, pictures,
     ]
 
 
+def test_the_longest_name_has_an_explanation(run_directory, pictures, tmp_path, capsys):
+    path = tmp_path / f'{"é" * 125}.png'
+    path.write_bytes((pictures / 'digit_0.png').read_bytes())
+    predict.main(['', '--workdir', str(run_directory), '--explain', str(tmp_path / 'out'), str(path)])
+    assert path.name in capsys.readouterr().out
+    assert len(list((tmp_path / 'out').iterdir())) == 1
+
+
 def test_many_images_come_out_in_order(run_directory, pictures, monkeypatch):
     monkeypatch.setattr(predict, 'BATCH_SIZE', 2)
     setup, variables = load_trained(run_directory)
