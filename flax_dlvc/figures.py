@@ -31,7 +31,7 @@ WIDTH_IN_STRIP = 'width of an image'  # name of a text in the strip's PNG file
 
 
 def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
-    """Draws what there is to draw into `workdir/figures`.
+    """Draws what there is to draw into `workdir/figures`, and removes what was drawn of runs that are gone.
 
     Returns:
         File stem and caption of each picture.
@@ -44,6 +44,10 @@ def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
         for stem, caption, figure in _figures(cells, workdir):
             _save(figure, directory / stem)
             drawn.append((stem, caption))
+    current = {f'{stem}{suffix}' for stem, _ in drawn for suffix in pictures.METADATA}
+    for path in directory.glob('*'):
+        if path.suffix in pictures.METADATA and path.name not in current:
+            path.unlink()
     return drawn
 
 
@@ -99,7 +103,7 @@ def curves(cells: Sequence[Cell]) -> Any:
                 _curve(axes[row, column], cell.runs, f'{split}_{quantity}', colour, style, split)
             axes[row, column].grid(alpha=0.25)
             axes[row, column].xaxis.get_major_locator().set_params(integer=True)
-        axes[0, column].set_title(_short_title(cell, len(cell.runs)), fontsize=9)
+        axes[0, column].set_title(_short_title(cell, sum(bool(run.history) for run in cell.runs)), fontsize=9)
         axes[1, column].set_xlabel('epoch')
     axes[0, 0].set_ylabel('cross-entropy (nats)')
     axes[1, 0].set_ylabel('accuracy')
@@ -227,14 +231,14 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
         # The first strips did not say it; their images were square.
         width = int(picture.info.get(WIDTH_IN_STRIP, picture.height))
         strip = np.asarray(picture.convert('RGB'), np.float32) / 255
-    images = jax.numpy.stack([strip[:, start : start + width] for start in range(0, strip.shape[1], width)])
-    rows = [('as it is', np.asarray(images))]
+    images = np.stack([strip[:, start : start + width] for start in range(0, strip.shape[1], width)])
+    rows = [('as it is', images)]
     with jax.default_device(pictures.device_for_drawing()):
         for lowest in lowest_areas:
             for draw in range(2):
                 keys = jax.random.split(jax.random.key(draw), (len(images), 2))
 
-                def augment(keys: jax.Array, image: jax.Array, scale: tuple[float, float] = (lowest, 1.0)) -> jax.Array:
+                def augment(keys: jax.Array, image: Any, scale: tuple[float, float] = (lowest, 1.0)) -> jax.Array:
                     return random_mirror(
                         keys[0], random_resized_crop(keys[1], image, scale=scale, ratio=(3 / 4, 4 / 3))
                     )

@@ -222,10 +222,18 @@ class Setup:
 
 
 def prepare_backend(num_devices: int) -> None:
-    """Sets what all commands that compute have in common, before JAX or Orbax starts the backend; all devices for 0."""
+    """Sets what all commands that compute have in common, before JAX or Orbax starts the backend; all devices for 0.
+
+    Raises:
+        ConfigError: there is no such backend as JAX_PLATFORMS asks for.
+    """
     runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
     runtime.set_cpu_options()
-    runtime.keep_freed_memory(num_devices)
+    try:
+        runtime.keep_freed_memory(num_devices)
+        jax.default_backend()
+    except RuntimeError as error:
+        raise ConfigError(f'JAX finds no devices: {str(error).splitlines()[0]}') from error
 
 
 @timed('start')

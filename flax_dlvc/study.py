@@ -5,9 +5,11 @@
 report.html. A run is an ordinary run directory, DIR/CELL/seed_N.
 """
 
+import contextlib
 import itertools
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,10 +51,11 @@ def carry_out(grid: list[Planned], parallel_runs: int) -> None:
         StoppedError: SIGTERM or SIGINT within a run, which is saved; between two, `run_command` sees to them.
     """
     board = Board(grid, parallel_runs)
+    finished = [planned for planned in grid if rundir.check(planned.directory, planned.config) is not None]
+    for planned in finished:  # after all were looked at
+        rundir.adopt(planned.directory, planned.config)  # or it would not be of its row, if it stopped early
+        planned.state = 'finished'
     for planned in grid:
-        if rundir.check(planned.directory, planned.config) is not None:
-            rundir.adopt(planned.directory, planned.config)  # or it would not be of its row, if it stopped early
-            planned.state = 'finished'
         board.follow(planned)
     waiting = [planned for planned in grid if planned.state != 'finished']
     if len(waiting) == len(grid):  # nothing has begun: a dataset that cannot be had is no single run's failure
@@ -100,7 +103,9 @@ def _slots(parallel_runs: int) -> list[dict[str, str]]:
         ConfigError: there are fewer devices, and they cannot be shared.
     """
     program = 'import jax; print(jax.default_backend(), jax.local_device_count())'
-    asked = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True, check=True)
+    asked = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ConfigError(f'JAX finds no devices: {_why(asked.returncode, asked.stderr)}')
     backend, count = asked.stdout.split()[-2:]
     if backend not in ('cpu', 'gpu') and parallel_runs > int(count):
         raise ConfigError(f'--parallel-runs is {parallel_runs}, but there are {count} devices')
@@ -144,11 +149,10 @@ def _in_processes(waiting: Sequence[Planned], board: Board, slots: Sequence[dict
                     if process.poll() is None:
                         continue
                     del active[slot]
-                    error = Path(complaints, str(slot)).read_text().strip().splitlines()
-                    failure = error[-1].removeprefix('error: ') if error else f'exit code {process.returncode}'
+                    failure = _why(process.returncode, Path(complaints, str(slot)).read_text())
                     if process.returncode == StorageError.exit_code:
                         raise StorageError(failure)
-                    _ended(planned, board, failure if process.returncode else '', process.returncode)
+                    _ended(planned, board, failure, process.returncode)
         finally:
             for _, process in active.values():
                 process.terminate()
@@ -166,11 +170,19 @@ def _start(planned: Planned, own: dict[str, str], complaints: Path) -> 'subproce
     with complaints.open('w') as stderr:
         return subprocess.Popen(
             [sys.executable, *planned.command],
-            env=os.environ | own,
+            env=os.environ | own | {'JAX_TRACEBACK_FILTERING': 'off'},  # else its last line is a note on tracebacks
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,
         )
+
+
+def _why(exit_code: int, complaints: str) -> str:
+    """Why a process failed, by the last line on its stderr; '' where it did not."""
+    if exit_code < 0:
+        return f'ended by {signal.Signals(-exit_code).name}'
+    last_line = (complaints.strip().splitlines() or [f'exit code {exit_code}'])[-1]
+    return last_line.removeprefix('error: ') if exit_code else ''
 
 
 def _ended(planned: Planned, board: Board, failure: str, exit_code: int = 1) -> None:
@@ -212,10 +224,11 @@ def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
             jax.block_until_ready(state)
             begin = time.perf_counter() - start  # compiling, which the runs of a cell share
             start = time.perf_counter()
-            for call in calls[1:]:
+            compiled = calls[1:] or calls
+            for call in compiled:
                 state, _ = setup.train_step(state, *split, call)
             jax.block_until_ready(state)
-            per_step = (time.perf_counter() - start) / max(1, len(calls) - 1)
+            per_step = (time.perf_counter() - start) / len(compiled)
             validation, test = (
                 len(part) / config.batch_size / 3 for part in (setup.dataset.validation, setup.dataset.test)
             )
@@ -320,7 +333,8 @@ def write(workdir: Path, config: ConfigDict | None = None) -> None:
     ):
         rundir.write_text(workdir / name, text)
     if config is not None and not (workdir / 'examples.png').exists():
-        figures.save_examples(config, workdir / 'examples.png')
+        with contextlib.suppress(ConfigError):  # the dataset is gone, which nothing but the strip needs
+            figures.save_examples(config, workdir / 'examples.png')
     drawn = figures.draw_all(cells, workdir)
     rundir.write_text(workdir / 'report.html', page.render(cells, workdir, drawn))
 

@@ -15,7 +15,7 @@ from conftest import ROOT, read_history
 
 from flax_dlvc import rundir, study
 from flax_dlvc.errors import CommandError, ConfigError
-from flax_dlvc.grid import plan
+from flax_dlvc.grid import Planned, plan
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,55 @@ def test_a_study_that_is_killed_and_started_again_ends_with_the_same_table(
     for name in ('table.md', 'table.csv', 'table.tex', 'answers.md'):
         assert (tmp_path / name).read_bytes() == (whole_study[0] / name).read_bytes()
     assert 'digits' in (tmp_path / 'table.md').read_text()
+
+
+def test_more_epochs_are_given_to_all_rows_or_to_none(tmp_path):
+    def cells(num_epochs):
+        return plan(
+            tmp_path,
+            models=['cnn'],
+            regularizations=['none'],
+            seeds=1,
+            vary=['schedule.name=exponential,cosine'],
+            overrides=['--config.dataset=digits', f'--config.num_epochs={num_epochs}'],
+        )
+
+    test = {'accuracy': 0.5, 'mean_class_accuracy': 0.5, 'cross_entropy': 1.0, 'per_class_accuracy': [0.5] * 10}
+    for planned in cells(30):
+        rundir.create(planned.directory, planned.config)
+        ended = {'config_name': 'cnn', 'dataset': 'digits', 'best_epoch': 2, 'epochs_run': 12, 'stopped_early': True}
+        rundir.write_result(planned.directory, ended | {'test': test})
+    study.carry_out(cells(30), 1)
+    with pytest.raises(ConfigError, match=r'cosine.* differs in num_epochs'):  # its rates depend on it
+        study.carry_out(cells(60), 1)
+    study.carry_out(cells(30), 1)
+
+
+@pytest.mark.parametrize(
+    ('script', 'reason'),
+    [
+        ('import jax; jax.jit(lambda x: x.foo)(1)', 'AttributeError: .* no attribute foo'),
+        ('import os; os.write(2, b"a warning\\n"); os.kill(os.getpid(), 9)', 'ended by SIGKILL'),
+        ('raise SystemExit(7)', 'exit code 7'),
+    ],
+)
+def test_a_run_that_fails_in_a_process_of_its_own_says_why(tmp_path, monkeypatch, script, reason):
+    (planned,) = grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1)
+    monkeypatch.setattr(Planned, 'command', ['-c', script])
+    monkeypatch.setattr(study.data, 'load', lambda _: None)
+    study.carry_out(grid, 2)
+    assert planned.state == 'failed'
+    assert re.search(reason, rundir.read_failure(planned.directory))
+
+
+def test_without_devices_it_ends_in_one_line(tmp_path, monkeypatch, command, small_run_flags):
+    monkeypatch.setenv('JAX_PLATFORMS', 'bogus')
+    with pytest.raises(ConfigError, match=r'JAX finds no devices: .*bogus'):
+        study._slots(2)
+    done = command('main', '--config', ROOT / 'configs' / 'cnn.py', *small_run_flags, '--workdir', tmp_path / 'run')
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+    assert done.stderr.startswith('error: JAX finds no devices: ')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, small_run_flags, capsys):

@@ -396,3 +396,25 @@ def test_nothing_in_a_name_is_markup():
     assert escaped == r'\\a_b\_ \*c\* \`d\` \<e\> \|f [g]\(h) \&amp; \_i\_'
     (heading, text) = page._blocks(f'\n## {escaped}\n')[0]
     assert (heading, text.replace('\0', '|')) == ('heading', name)
+
+
+def test_pictures_of_runs_that_are_gone_go_too(finished_study, tmp_path):
+    shutil.copytree(finished_study, tmp_path / 'study')
+    directory = tmp_path / 'study' / 'figures'
+    study.write(tmp_path / 'study')
+    before = {path.name for path in directory.iterdir()}
+    assert {'curves_cnn.png', 'curves_vit.svg'} < before
+    (directory / 'mine.txt').write_text('kept')
+    shutil.rmtree(tmp_path / 'study' / 'vit')
+    study.write(tmp_path / 'study')
+    gone = {name for name in before if '_vit.' in name}
+    assert {path.name for path in directory.iterdir()} == before - gone | {'mine.txt'}
+
+
+def test_the_strip_of_a_dataset_that_is_gone_is_left_out(finished_study, tmp_path):
+    shutil.copytree(finished_study, tmp_path / 'study')
+    config = results.base_config('cnn')
+    config.dataset = 'folder:/nowhere'
+    study.write(tmp_path / 'study', config)
+    assert not list(tmp_path.glob('study/figures/augmentation.*'))
+    assert (tmp_path / 'study' / 'report.html').exists()
