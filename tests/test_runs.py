@@ -13,6 +13,8 @@ from PIL import Image
 from flax_dlvc import loop, rundir, runs
 from flax_dlvc.errors import ConfigError, DivergedError
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, small_vit_config):

@@ -15,6 +15,8 @@ from flax_dlvc.evaluate import evaluate
 from flax_dlvc.models import MODELS
 from flax_dlvc.setup import Setup, set_up
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def train_two_steps(setup):
     """Two training steps and an evaluation step from the setup's own start."""

@@ -12,6 +12,8 @@ from conftest import maximum_error
 
 from flax_dlvc.models import convolution
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 # (map size, of one number or two, input channels, output channels, kernel, stride, padding)
 CNN = [(32, 3, 32, 3, 1, 'SAME'), (16, 32, 64, 3, 1, 'SAME'), (8, 64, 128, 3, 1, 'SAME')]
 RESNET = [

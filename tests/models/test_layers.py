@@ -11,6 +11,8 @@ from conftest import maximum_error
 
 from flax_dlvc.models import layers
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 POOLS = [
     ((16, 16), (2, 2), (2, 2), 'VALID'),
     ((16, 16), (3, 3), (2, 2), ((1, 1), (1, 1))),

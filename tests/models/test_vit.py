@@ -12,6 +12,8 @@ from reference import convolve, count, gelu, max_pool, shapes_of
 from flax_dlvc.models import ViT, create_model
 from flax_dlvc.models.vit import Block, SelfAttention, image_to_patches
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
 SMALL = {'num_classes': 5, 'embed_dim': 12, 'hidden_dim': 20, 'num_heads': 3, 'num_layers': 2, 'patch_size': 4}
 
