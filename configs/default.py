@@ -91,5 +91,5 @@ def get_config() -> ConfigDict:
 
     # Execution
     config.num_devices = 0  # local devices to use, 0 is all; moves dropout masks, mixing, unsynchronised batch norm
-    config.steps_per_call = 0  # training steps per compiled call; 0: 1 on a CPU, 20 to 50 on an accelerator
+    config.steps_per_call = 0  # training steps per compiled call; 0: 1 on a CPU, else 20 to 50, or an epoch's if fewer
     return config

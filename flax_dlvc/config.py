@@ -257,6 +257,8 @@ EXECUTION_FIELDS = (
     'checkpoint_every_steps',
     'evaluation_batch_size',
     'keep_checkpoints',
+    'max_rewinds',
+    'on_divergence',
     'steps_per_call',
 )
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
-from flax_dlvc.errors import STOP_SIGNALS, DivergedError, StoppedError
+from flax_dlvc.errors import STOP_SIGNALS, ConfigError, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.profiling import timed, training_call
@@ -102,6 +102,10 @@ def train_and_rewind(
     rewinds = 0
     while True:
         state, progress = restore_or_start(setup, checkpoints, tensorboard, display)
+        if config.num_epochs < len(progress.history):
+            raise ConfigError(
+                f'{workdir} has {len(progress.history)} epochs behind it; set --config.num_epochs to as many or more'
+            )
         if distributed.is_main():
             rundir.adopt(workdir, config)
             if progress.history:  # a process may have ended between its last save and this file
@@ -113,7 +117,7 @@ def train_and_rewind(
             progress = dataclasses.replace(progress, rewinds=rewinds)
             return train(slower, state, progress, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:
-            if config.on_divergence == 'stop' or rewinds == config.max_rewinds:
+            if config.on_divergence == 'stop' or rewinds >= config.max_rewinds:
                 raise
             rewinds += 1
             display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {error}')
@@ -184,10 +188,12 @@ def train(
             test, predictions = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
             check_finite(test['cross_entropy'], 'test', best_step, setup, checkpoints)
         except StopRequested as request:
-            save(checkpoints, state, progress, setup)
+            with contextlib.suppress(DivergedError):  # the run goes on from the checkpoint before, and meets it again
+                save(checkpoints, state, progress, setup)
             checkpoints.wait()
             name = signal.Signals(request.signal_number).name
-            message = f'stopped by {name}, saved at step {int(state.step)} in {workdir}; the same command goes on'
+            saved = 'nothing saved' if checkpoints.latest_step is None else f'saved at step {checkpoints.latest_step}'
+            message = f'stopped by {name}, {saved} in {workdir}; the same command goes on'
             raise StoppedError(message, request.signal_number) from None
 
     evaluation = describe_origin(setup, 'test', best_step) | test
@@ -341,9 +347,10 @@ def diverged(what: str, step: int, setup: Setup, checkpoints: Checkpoints) -> Di
     saved = checkpoints.latest_step
     kept = 'no checkpoint was saved yet' if saved is None else f'the checkpoint of step {saved} is kept'
     rate = float(setup.schedule(step - 1))
+    further = 'more --config.max_rewinds' if setup.config.on_divergence == 'rewind' else '--config.on_divergence=rewind'
     return DivergedError(
-        f'{what} at step {step} with learning rate {rate:.3g}; {kept}; '
-        'lower --config.learning_rate or set --config.optimizer.gradient_clip_norm'
+        f'{what} at step {step} with learning rate {rate:.3g}; {kept}; go on with {further}, or in another --workdir '
+        'with a lower --config.learning_rate or a --config.optimizer.gradient_clip_norm'
     )
 
 

@@ -77,10 +77,10 @@ def make_muon(
     """Muon on the kernels of convolutions and SGD with Nesterov momentum on everything else.
 
     Muon (Jordan et al. 2024) steps along the momentum with its singular values brought near 1, and before each step
-    brings every kernel to the norm that it would have with singular values of 1. The whitening bias of `airbench` is
-    trained in the first epochs only. Rates relative to the schedule are `config.optimizer`'s, and so is weight decay:
-    here it is the share that dense kernels and biases lose in a step at the highest rate, times what momentum adds up.
-    `fast94` has airbench's; AdamW's default is far above it.
+    brings every kernel to airbench's norm, the root of the number of its output channels. The whitening bias of
+    `airbench` is trained in the first epochs only. Rates relative to the schedule are `config.optimizer`'s, and so is
+    weight decay: here it is the share that dense kernels and biases lose in a step at the highest rate, times what
+    momentum adds up. `fast94` has airbench's; AdamW's default is far above it.
     """
     optimizer = config.optimizer
     first_steps = round(optimizer.whitening_bias_epochs * steps_per_epoch)

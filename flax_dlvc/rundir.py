@@ -6,6 +6,7 @@ Each is written whole to a temporary file that then takes its name, so a reader 
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -121,7 +122,7 @@ def adopt(workdir: Path, config: ConfigDict) -> None:
     if config.num_epochs != read_config(workdir).num_epochs:
         result = read_result(workdir)
         if result and not result['stopped_early']:
-            (workdir / 'result.json').unlink()  # first: with the new config it would end the run
+            _remove(workdir / 'result.json')  # first: with the new config it would end the run
         write_text(workdir / 'config.json', config_module.to_json(config))
 
 
@@ -144,7 +145,13 @@ def check_dataset(workdir: Path, dataset: data.Dataset) -> None:
     Raises:
         ConfigError: it has changed since, or dataset.json is missing or damaged.
     """
-    if read_dataset(workdir).describe() != dataset.describe():
+    said, found = read_dataset(workdir).describe(), dataset.describe()
+    for key in ('mean', 'std'):  # runs of earlier versions have them as their machine rounded
+        said[key] = [
+            there if math.isclose(here, there, rel_tol=1e-12) else here
+            for here, there in zip(said[key], found[key], strict=False)
+        ]
+    if said != found:
         path = workdir / 'dataset.json'
         raise ConfigError(
             f'{dataset.name} is not what {path} says of it any more; bring back what the run began with, '
@@ -317,7 +324,7 @@ def write_failure(workdir: Path, message: str, exit_code: int = 1) -> None:
     if message:
         write_text(path, json.dumps({'message': message, 'exit_code': exit_code}) + '\n')
     else:
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def read_failure(workdir: Path) -> str:
@@ -362,6 +369,14 @@ def whole(path: Path) -> Iterator[Path]:
     finally:  # there is none where all went well
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, if it is there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _storage_error(path, error) from error
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:

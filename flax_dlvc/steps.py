@@ -348,7 +348,9 @@ def logits_of(
 
 
 class _OnDevices:
-    """A `pmap` that takes its last argument (D, …) by device as one that takes it, and returns, for all processes.
+    """Wraps a `pmap`: takes the indices (D, …) of all processes' devices, and hands this process's to it.
+
+    It returns arrays that all processes share.
 
     On several CPU devices each call is waited for: their collectives deadlock when calls run ahead.
     """

@@ -23,7 +23,9 @@ EXECUTION_FIELDS = [
     'checkpoint_every_steps',
     'evaluation_batch_size',
     'keep_checkpoints',
+    'max_rewinds',
     'num_devices',
+    'on_divergence',
     'steps_per_call',
 ]
 QUICKSTART = str(Path(configs.__file__).parent / 'quickstart.py')

@@ -1,9 +1,12 @@
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import zlib
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +107,20 @@ def test_channel_statistics():
     np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std[:2], (images / 255).std((0, 1, 2))[:2], rtol=1e-12)
     assert std[2] == 1.0  # a constant channel is not divided by zero
+
+
+def test_channel_statistics_are_exact_whatever_the_machine():
+    """A run goes on, and is evaluated, on another one."""
+    for seed in range(20):
+        images = np.random.default_rng(seed).integers(0, 256, (7, 5, 4, 1), np.uint8)
+        values = [int(value) for value in images.reshape(-1)]
+        mean = Fraction(sum(values), 255 * len(values))
+        variance = sum((Fraction(value, 255) - mean) ** 2 for value in values) / len(values)
+        with localcontext(prec=50):
+            root = float((Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt())
+        (found_mean,), (found_std,) = data.channel_statistics(images)
+        assert found_mean == float(mean)
+        assert abs(found_std - root) <= math.ulp(root)
 
 
 # Slices
@@ -320,7 +337,7 @@ def prepared(tfds_environment):
 
 
 def load_tiny(**fields):
-    return data.load(make_config(dataset='tiny', **fields))
+    return data.load(make_config(**{'dataset': 'tiny', 'model__name': 'resnet18'} | fields))
 
 
 def assert_holds(dataset, splits):
@@ -479,7 +496,7 @@ import zlib
 from configs import default
 from flax_dlvc import data
 config = default.get_config()
-config.dataset = 'tiny'
+config.dataset, config.model.name = 'tiny', 'resnet18'
 dataset = data.load(config)
 for split in (dataset.train, dataset.validation, dataset.test):
     print(zlib.crc32(split.images), zlib.crc32(split.labels))
@@ -501,6 +518,25 @@ for split in (dataset.train, dataset.validation, dataset.test):
         'train',
         'train.lock',
     ]
+
+
+@pytest.mark.parametrize('channels', [2, 4])
+def test_images_of_neither_one_nor_three_channels(monkeypatch, channels):
+    class Source:
+        sizes = {'train': 200, 'test': 20}  # noqa: RUF012
+        class_names = ('a', 'b')
+
+        def read(self, split):
+            size = self.sizes[split]
+            return data.Split(np.zeros((size, 32, 32, channels), np.uint8), np.zeros(size, np.int32))
+
+    monkeypatch.setattr(data, '_open', lambda _: Source())
+    refused(f'the images have {channels} channels', data.load, make_config(dataset='any'))
+
+
+@pytest.mark.parametrize(('name', 'smallest'), [('cnn', '8x8'), ('airbench', '9x9')])
+def test_images_that_are_too_small_for_a_model(prepared, name, smallest):
+    refused(f'6x4 images are too small for the {name}, which needs {smallest}', lambda: load_tiny(model__name=name))
 
 
 @pytest.mark.parametrize('patch_size', [3, 4])

@@ -372,9 +372,11 @@ def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, t
     """With plain SGD at 40 the loss explodes; halved often enough it does not."""
     small_config.optimizer.name = 'sgd'
     small_config.learning_rate = 40.0
+    small_config.num_epochs = 1
+    with pytest.raises(DivergedError, match=r'go on with --config.on_divergence=rewind'):
+        loop.run(small_config, tmp_path / 'many')
     small_config.on_divergence = 'rewind'
     small_config.max_rewinds = 20
-    small_config.num_epochs = 1
     result = loop.run(small_config, tmp_path / 'many')
     assert 1 <= result['rewinds'] <= 20
     (record,) = read_history(tmp_path / 'many')
@@ -383,8 +385,37 @@ def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, t
 
     small_config.learning_rate = 1e12
     small_config.max_rewinds = 1
-    with pytest.raises(DivergedError, match='learning rate 5e'):
+    with pytest.raises(DivergedError, match=r'learning rate 5e.* go on with more --config.max_rewinds'):
         loop.run(small_config, tmp_path / 'one')
+
+
+def test_a_signal_is_obeyed_where_the_state_cannot_be_saved(small_config, tmp_path, monkeypatch):
+    """The next step would have shown that the run diverges, and let it rewind."""
+    import os
+    import signal
+
+    from flax_dlvc.errors import StoppedError
+
+    def not_finite(*_):
+        raise FloatingPointError
+
+    small_config.on_divergence = 'rewind'
+    monkeypatch.setattr(Checkpoints, 'save', not_finite)
+    monkeypatch.setattr(loop.Monitor, 'note', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match='stopped by SIGTERM, nothing saved in'):
+        loop.run(small_config, tmp_path)
+
+
+def test_a_run_is_not_given_fewer_epochs_than_it_has_behind_it(small_config, tmp_path):
+    """By its checkpoint: a process may end between that and metrics.jsonl."""
+    loop.run(small_config, tmp_path)
+    (tmp_path / 'result.json').unlink()
+    first, second, _ = (tmp_path / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (tmp_path / 'metrics.jsonl').write_text(first + second)
+    small_config.num_epochs = 2
+    with pytest.raises(ConfigError, match=r'has 3 epochs behind it; set --config\.num_epochs'):
+        loop.run(small_config, tmp_path)
+    assert rundir.read_config(tmp_path).num_epochs == 3
 
 
 def test_the_average_of_the_parameters_is_what_is_validated(small_config, tmp_path):

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -53,6 +54,24 @@ def refused(match, call, *arguments, error=ConfigError):
 
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_dataset_may_differ_by_rounding_alone(workdir, digits):
+    rundir.write_dataset(workdir, digits)
+    path = workdir / 'dataset.json'
+    said = json.loads(path.read_text())
+    for std, fits in ((math.nextafter(digits.std[1], 0), True), (digits.std[1] * (1 + 1e-9), False)):
+        said['std'][1] = std
+        path.write_text(json.dumps(said))
+        if fits:
+            rundir.check_dataset(workdir, digits)
+        else:
+            refused('digits is not what .*dataset.json says', rundir.check_dataset, workdir, digits)
+
+
+def test_a_failure_that_cannot_be_removed_is_named(workdir):
+    (workdir / 'failure.json').mkdir()
+    refused('cannot write .*failure.json', rundir.write_failure, workdir, '', error=StorageError)
 
 
 def test_create_makes_parents_and_keeps_the_config(tmp_path, config):
