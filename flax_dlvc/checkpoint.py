@@ -140,27 +140,10 @@ class Checkpoints:
         self._check_there()
         step = int(state.step)
         self._policy.best_steps[step] = progress.best_step
-        saved = step in self.steps
-        if saved:
-            self.wait()
-            known = self._progress_if_whole(step)
-            # All processes agree on the number of epochs; the speeds in their histories differ.
-            if known is not None and len(known.history) == len(progress.history):
-                return
-        fingerprints, finite = inspect(state)
-        if not finite:
-            raise FloatingPointError(f'the state of step {step} is not finite')
-        content: dict[str, Any] = {
-            'progress': dataclasses.asdict(progress),
-            'fingerprints': fingerprints,
-            'versions': versions(),
-        }
-        content['crc32'] = _crc32(content)
-        if saved:
-            if is_main():
-                write_text(self.directory / str(step) / 'progress' / PROGRESS_FILE, json.dumps(content))
-            barrier(f'progress of step {step}')
+        if step in self.steps:
+            self._renew(step, state, progress)
             return
+        content = _content(state, progress)
         try:
             self._manager.save(
                 step,
@@ -168,6 +151,18 @@ class Checkpoints:
             )
         except Exception as error:  # whatever Orbax and TensorStore make of a full disk
             raise self._storage_error(error) from error
+
+    def _renew(self, step: int, state: TrainState, progress: Progress) -> None:
+        """Writes the progress of a saved step anew, where it has an epoch more."""
+        self.wait()
+        known = self._progress_if_whole(step)
+        # All processes agree on the number of epochs; the speeds in their histories differ.
+        if known is not None and len(known.history) == len(progress.history):
+            return
+        content = _content(state, progress)
+        if is_main():
+            write_text(self.directory / str(step) / 'progress' / PROGRESS_FILE, json.dumps(content))
+        barrier(f'progress of step {step}')
 
     @timed('saving')
     def wait(self) -> None:
@@ -230,6 +225,8 @@ class Checkpoints:
             if damaged:
                 barrier(f'set aside above {step}')
                 self._manager.reload()
+            if is_main():
+                self._tell_versions(step)
             known = {step: self._progress_if_whole(step) for step in self.steps}
             self._policy.best_steps = {step: progress.best_step for step, progress in known.items() if progress}
             return restored
@@ -240,6 +237,19 @@ class Checkpoints:
                 'remove the run directory to start anew'
             )
         return None
+
+    def _tell_versions(self, step: int) -> None:
+        """Says where other versions go on than have saved a step: they may round in another way."""
+        saved_by = self._read_content(step)['versions']
+        changed = [
+            f'{name} {saved_by.get(name)} is now {version}'
+            for name, version in versions().items()
+            if saved_by.get(name) != version
+        ]
+        if changed:
+            print(
+                f'warning: since step {step} {", ".join(changed)}; the digits may change from here on', file=sys.stderr
+            )
 
     def _check_best(self, best: int | None, newest: int, like: TrainState) -> None:
         """Else a run would train to its end, and only then miss what it is to test."""
@@ -420,6 +430,20 @@ def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _crc32(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _content(state: TrainState, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint holds beside its state; raises a `FloatingPointError` where that is not finite."""
+    fingerprints, finite = inspect(state)
+    if not finite:
+        raise FloatingPointError(f'the state of step {int(state.step)} is not finite')
+    content: dict[str, Any] = {
+        'progress': dataclasses.asdict(progress),
+        'fingerprints': fingerprints,
+        'versions': versions(),
+    }
+    content['crc32'] = _crc32(content)
+    return content
 
 
 def _progress(content: dict[str, Any]) -> Progress:

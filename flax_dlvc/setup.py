@@ -190,14 +190,12 @@ class Setup:
 
     def empty_sums(self) -> Sums:
         """Sums over no examples, on every device."""
-        return self._empty(0)[0]
-
-    def empty_totals(self, num_examples: int) -> tuple[Sums, Predictions]:
-        """What an evaluation of so many examples begins with, on every device."""
-        return self._empty(num_examples)
+        return self.empty_totals(0)[0]
 
     @cached_property
-    def _empty(self) -> Callable[[int], tuple[Sums, Predictions]]:
+    def empty_totals(self) -> Callable[[int], tuple[Sums, Predictions]]:
+        """What an evaluation of so many examples begins with, on every device."""
+
         def empty(num_examples: int) -> tuple[Sums, Predictions]:
             return Sums.empty(self.num_classes), Predictions.empty(num_examples)
 
@@ -211,7 +209,7 @@ class Setup:
         if learning_rate is not None:
             config.learning_rate = learning_rate
         other = dataclasses.replace(self, config=config)
-        for name in ('_train_step', 'evaluation_step', '_create_state', 'abstract_state', '_empty'):
+        for name in ('_train_step', 'evaluation_step', '_create_state', 'abstract_state', 'empty_totals'):
             other.__dict__[name] = getattr(self, name)  # where a cached property keeps its value
         return other
 

@@ -307,3 +307,16 @@ def test_a_package_that_is_run_uninstalled_has_no_version(monkeypatch):
     assert versions()['flax_dlvc'] == version('flax_dlvc')
     monkeypatch.setattr(importlib.metadata, 'version', installed)
     assert versions()['flax_dlvc'] == '' and versions()['jax'] == version('jax')
+
+
+def test_going_on_under_another_version_is_said(tmp_path, monkeypatch, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10), make_progress(1, 1))
+        checkpoints.restore_latest(make_state())
+        assert capsys.readouterr().err == ''
+        saved_by = versions()['jax']
+        monkeypatch.setattr('flax_dlvc.checkpoint.versions', lambda: versions() | {'jax': '99.0'})
+        checkpoints.restore_latest(make_state())
+    assert capsys.readouterr().err == (
+        f'warning: since step 10 jax {saved_by} is now 99.0; the digits may change from here on\n'
+    )
