@@ -2,10 +2,12 @@
 # Sets up .venv where that is needed, then runs the main job or any command in it.
 #
 #   ./launch.sh                          the main job on the embedded data (configs/quickstart.py)
+#   ./launch.sh --config.FIELD=VALUE     the same with these flags
 #   ./launch.sh configs/X.py [--flags]   the main job with that config
 #   ./launch.sh COMMAND [ARGUMENT ...]   any command in the environment: ./launch.sh pytest
-#   ./launch.sh --processes N ...        the same as N processes of one run on this machine
-#   sbatch --nodes=N launch.sh ...       the same as one process per node; srun and mpirun: one per task
+#   ./launch.sh --processes N ...        any of these as N processes of one run on this machine
+#   sbatch --nodes=N launch.sh ...       any of these as one process per node; srun and mpirun: one per task
+#   ./launch.sh --help                   these lines
 #
 # PYTHON names the interpreter to make the environment with (default: python3, at least 3.11). COORDINATOR_ADDRESS
 # (HOST:PORT of process 0), NUM_PROCESSES and PROCESS_ID say by hand what SLURM and Open MPI say otherwise.
@@ -28,6 +30,11 @@ if [ "${1:-}" = --processes ]; then
     processes=${2:-}
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes takes a number, not '$processes'"
     shift 2
+fi
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
 fi
 
 # Whether the environment is what pyproject.toml describes; sets the extras to install and the note that it leaves.
@@ -170,6 +177,9 @@ run_processes() {
 if [ $# -eq 0 ]; then
     cd "$root"
     set -- python -m flax_dlvc.main --config configs/quickstart.py
+elif [[ $1 == -* ]]; then # stays where it is: paths in the flags are relative to there
+    [[ " $* " =~ \ --?config[=\ ] ]] || set -- --config "$root/configs/quickstart.py" "$@"
+    set -- python -m flax_dlvc.main "$@"
 elif [[ $1 == *.py ]]; then
     set -- python -m flax_dlvc.main --config "$@"
 fi

@@ -65,6 +65,35 @@ def test_what_is_run(installed, arguments, runs):
     assert done.stdout.splitlines()[-1] == runs
 
 
+def test_flags_alone_are_the_quickstarts(installed):
+    python, config = make_venv_that_installs(installed), ['--config', f'{installed}/configs/quickstart.py']
+    for arguments, added in (
+        (['--config.num_epochs=3', '--workdir', 'runs/a b'], config),
+        (['-config.seed=1'], config),
+        (['--config', 'configs/vit.py', '--config.seed=1'], []),
+        (['--config.seed=1', '--config=configs/vit.py'], []),
+    ):
+        done = launch(installed, *arguments, PYTHON=python)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == ' '.join(['python -m flax_dlvc.main', *added, *arguments])
+
+
+@pytest.mark.parametrize('arguments', [['-h'], ['--help'], ['--processes', '2', '--help']])
+def test_help_is_the_files_header_and_sets_nothing_up(tmp_path, arguments):
+    for name in ('launch.sh', 'pyproject.toml'):
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = launch(tmp_path, *arguments, PYTHON='none')
+    assert (done.returncode, done.stderr) == (0, '')
+    lines = done.stdout.splitlines()
+    assert lines[0] == 'Sets up .venv where that is needed, then runs the main job or any command in it.'
+    assert lines[1:3] == [
+        '',
+        '  ./launch.sh                          the main job on the embedded data (configs/quickstart.py)',
+    ]
+    assert lines[-1].startswith('(HOST:PORT of process 0)')
+    assert not (tmp_path / '.venv').exists()
+
+
 def test_the_exit_code_is_the_commands(installed):
     done = launch(installed, 'pytest', '-q', 'a b', PYTHON=make_venv_that_installs(installed))
     assert done.returncode == 7
