@@ -118,7 +118,8 @@ def prepare(name: str, data_dir: Path, archive: Path | None) -> Path:
     Args:
         name: 'cifar10' or 'cifar100'.
         data_dir: the TFDS data directory; made if missing.
-        archive: a downloaded official archive, binary or python version; `None` downloads the binary one.
+        archive: a downloaded official archive, binary or python version, checked even where there is nothing to make;
+            `None` downloads the binary one.
 
     Returns:
         The version directory, e.g. `data_dir/cifar10/3.0.2`.
@@ -130,15 +131,18 @@ def prepare(name: str, data_dir: Path, archive: Path | None) -> Path:
     import tensorflow_datasets as tfds
 
     directory = data_dir / name / str(tfds.builder_cls(name).VERSION)
+    if archive:
+        _check_official(archive, name)
     if directory.is_dir():
         _check_prepared(directory, name, data_dir)
         return directory
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{name}-', dir=data_dir) as scratch:
-            checked = archive or _download(name, data_dir, Path(scratch))
-            _check_official(checked, name)
-            written = write_tfds(read_archive(checked, name), name, Path(scratch))
+            if not archive:
+                archive = _download(name, data_dir, Path(scratch))
+                _check_official(archive, name)
+            written = write_tfds(read_archive(archive, name), name, Path(scratch))
             directory.parent.mkdir(exist_ok=True)
             try:
                 written.rename(directory)

@@ -234,11 +234,17 @@ assert 'tensorflow' not in sys.modules
     subprocess.run([sys.executable, '-c', script], check=True)
 
 
-def test_prepared_once(tmp_path, official, splits):
+def test_prepared_once(tmp_path, official, splits, monkeypatch):
     path = official(write_tar(tmp_path / 'a.tar.gz', members('cifar10', 'binary', splits)), 'cifar10')
     directory = archive.prepare('cifar10', tmp_path / 'data', path)
+    for name in ('read_archive', '_download', 'write_tfds'):
+        monkeypatch.setattr(archive, name, lambda *_: pytest.fail('prepared again'))
+    for again in (path, None):
+        assert archive.prepare('cifar10', tmp_path / 'data', again) == directory
+    path.write_bytes(b'another one')
+    refused('no official cifar10 archive', archive.prepare, 'cifar10', tmp_path / 'data', path)
     path.unlink()
-    assert archive.prepare('cifar10', tmp_path / 'data', path) == directory
+    refused('cannot read the archive', archive.prepare, 'cifar10', tmp_path / 'data', path)
 
 
 @pytest.mark.parametrize('found', ['nothing', 'half', 'another format'])
@@ -296,7 +302,7 @@ def test_only_official_archives_are_prepared(tmp_path, splits, monkeypatch):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(archive.OFFICIAL_ARCHIVES, 'cifar100', {digest: 'cifar-100-python.tar.gz'})
     refused('it is cifar-100-python', archive.prepare, 'cifar10', tmp_path / 'data', path)
-    assert list((tmp_path / 'data').iterdir()) == []
+    assert not (tmp_path / 'data').exists()
 
 
 def test_official_checksums_are_those_tfds_ships():
