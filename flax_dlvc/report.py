@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from flax_dlvc import pictures
 from flax_dlvc.config import flatten
@@ -25,28 +26,32 @@ from flax_dlvc.stopping import Stopping
 if TYPE_CHECKING:
     from flax_dlvc.metrics import Predictions  # JAX, for which pictures and tables need not wait
 
+WIDE = 120  # columns of a terminal in which a bar has room beside all that is said in words
+
 
 class Display:
     """The terminal's view of a run: a live bar over the steps of an epoch, and a line for each finished epoch.
 
-    Without a terminal there are only the lines. A context manager, since the bar has to be taken down.
+    Without a terminal there are only the lines; a narrow one has only the words beside the bar. A context manager, as
+    the bar has to be taken down.
     """
 
     def __init__(self, *, num_epochs: int, steps_per_epoch: int):
         self._num_epochs = num_epochs
         self._steps_per_epoch = steps_per_epoch
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._is_wide = self._console.width >= WIDE
+        time_left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+        columns = (BarColumn(), MofNCompleteColumn(), time_left) if self._is_wide else (time_left,)
         self._progress = Progress(
             TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            *columns,
             TextColumn('{task.fields[status]}'),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task('', total=num_epochs * steps_per_epoch, status='')
-        self._best = ''
+        self._best = self._best_beside_bar = ''
 
     def __enter__(self) -> 'Display':
         self._progress.start()
@@ -65,7 +70,7 @@ class Display:
             completed=step,
             description=f'epoch {(step - 1) // self._steps_per_epoch + 1}/{self._num_epochs}',
             status=f'loss {metrics["cross_entropy"]:.3f}  accuracy {metrics["accuracy"]:.3f}'
-            f'  {images_per_second:,.0f} images/s{self._best}',
+            f'  {images_per_second:,.0f} images/s{self._best_beside_bar}',
         )
 
     @timed('logging')
@@ -73,7 +78,9 @@ class Display:
         """Prints the line of a finished epoch."""
         validation = ''
         if stopping.best_value is not None:
-            self._best = f'  best {stopping.best_value:.4f} (epoch {stopping.best_epoch})'
+            best = f'  best {stopping.best_value:.4f}'
+            self._best = f'{best} (epoch {stopping.best_epoch})'
+            self._best_beside_bar = self._best if self._is_wide else best
             loss, accuracy = record['validation_loss'], record['validation_accuracy']
             validation = f'  validation loss {loss:.4f} accuracy {accuracy:.4f}'
         self.print(

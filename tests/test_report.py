@@ -2,13 +2,15 @@
 
 import functools
 import io
+import re
 
 import numpy as np
 import pytest
 from conftest import read_events
 from PIL import Image
+from rich.console import Console
 
-from flax_dlvc import data
+from flax_dlvc import data, report
 from flax_dlvc.config import flatten
 from flax_dlvc.errors import StorageError
 from flax_dlvc.metrics import Predictions
@@ -136,3 +138,18 @@ def test_the_display_prints_a_line_per_epoch_without_a_terminal(capsys):
         '  learning rate 1.00e-03  1,234 images/s  best 0.2500 (epoch 1)',
         '[not markup]',
     ]
+
+
+@pytest.mark.parametrize('width', [80, 160])
+def test_the_live_bar_shows_all_in_a_narrow_terminal_too(monkeypatch, capsys, width):
+    terminal = functools.partial(Console, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(report, 'Console', terminal)
+    with Display(num_epochs=100, steps_per_epoch=312) as display:
+        display.epoch(make_record(29), Stopping(0.75, 29, 0))
+        for step in (29 * 312 + 1, 29 * 312 + 200):
+            display.step(step, {'cross_entropy': 12.345, 'accuracy': 0.5}, 123456.0)
+    *_, bar, _ = capsys.readouterr().out.splitlines()  # then the cursor comes back
+    best = 'best 0.7500 (epoch 29)' if width == 160 else 'best 0.7500'
+    said = rf'loss 12\.345  accuracy 0\.500  123,456 images/s  {re.escape(best)}'
+    middle = r' ━.* 9248/31200 ' if width == 160 else ' '
+    assert re.search(rf'epoch 30/100{middle}\d:\d\d:\d\d {said}$', bar.rstrip()), bar
