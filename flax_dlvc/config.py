@@ -96,6 +96,8 @@ _THREE = 'must be three whole numbers of at least 1'
 MODEL_NAMES = ('cnn', 'resnet18', 'vit', 'airbench')
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    # Names the run directory, unless --workdir does.
+    ('name', lambda v: not {'/', '\0'} & set(v) and v not in ('.', '..'), "must be a file's name, without '/'"),
     ('seed', lambda v: 0 <= v < 2**32, 'must be in [0, 2**32)'),
     ('batch_size', lambda v: v >= 1, 'must be at least 1'),
     ('accumulate_steps', lambda v: v >= 1, 'must be at least 1'),

@@ -153,6 +153,7 @@ def test_missing_group():
 
 # Field, values just inside the range, values just outside.
 RANGES = [
+    ('name', ['', 'cnn', '..cnn', 'a b'], ['../cnn', '/cnn', 'cnn/', '.', '..', 'c\0nn']),
     ('seed', [0, 2**32 - 1], [-1, 2**32]),
     ('batch_size', [1], [0, -1]),
     ('accumulate_steps', [1], [0, -1]),
@@ -244,7 +245,7 @@ def test_nan_is_never_in_range(field):
 
 def test_every_field_has_a_range():
     fields = {field for field, value in flatten(default.get_config()).items() if not isinstance(value, bool)}
-    free_text = {'name', 'dataset', 'init_from', 'splits.train', 'splits.validation', 'splits.test'}
+    free_text = {'dataset', 'init_from', 'splits.train', 'splits.validation', 'splits.test'}
     assert fields - free_text == {field for field, _, _ in RANGES}
 
 
