@@ -325,7 +325,10 @@ class _Tfds:
         source, size = self._builder.data_path, self.sizes[split]
         try:
             examples = self._builder.as_data_source(split)
-            shape = examples[0]['image'].shape
+            first = examples[0]['image']
+            shape = first.shape
+            if first.dtype != np.uint8:  # one type for all, which would be wrapped into uint8
+                raise ConfigError(f'{self._name} has images of type {first.dtype}; only uint8 can be used')
 
             def read(indices: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
                 for index, example in zip(indices, examples.__getitems__(indices), strict=True):

@@ -276,8 +276,9 @@ def write_prepared(data_dir, splits, name='tiny', version='1.0.0', num_classes=1
             str(template.sharded_filepath(shard_index=0, num_shards=1)), 'group_size:1'
         )
         for image, label in zip(images, labels, strict=True):
-            pixels = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-            example = {'id': f'{split}_{label}', 'image': pixels, 'label': int(label), 'coarse_label': int(label) % 20}
+            if image.dtype == np.uint8:
+                image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+            example = {'id': f'{split}_{label}', 'image': image, 'label': int(label), 'coarse_label': int(label) % 20}
             writer.write(features.serialize_example({key: example[key] for key in features}))
         writer.close()
         infos.append(tfds.core.SplitInfo(split, [len(labels)], 0, filename_template=template))
@@ -631,6 +632,17 @@ def test_a_dataset_without_class_labels(tfds_environment):
     features = tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(6, 4, 3)), 'label': np.int64})
     write_prepared(tfds_environment, make_examples(0), features=features)
     refused("tiny has no 'image' with a class 'label'", load_tiny)
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'float32'])
+def test_images_that_are_not_uint8(tfds_environment, dtype):
+    import tensorflow_datasets as tfds
+
+    image = tfds.features.Tensor(shape=(6, 4, 3), dtype=np.dtype(dtype))
+    features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=10)})
+    splits = {split: (images.astype(dtype), labels) for split, (images, labels) in make_examples(0).items()}
+    write_prepared(tfds_environment, splits, features=features)
+    refused(f'tiny has images of type {dtype}; only uint8 can be used', load_tiny)
 
 
 def test_another_file_format(prepared):
