@@ -38,7 +38,7 @@ class Folder:
 
     def __init__(self, path: Path):
         try:
-            self._path = path.expanduser()
+            self._path = path.expanduser().absolute()  # for messages, which would not say relative to what
             folders = _list_folders(self._path)
             if 'train' in folders and _list_folders(folders['train']):  # else a class of that name
                 self.class_names, files = self._read_splits(folders)

@@ -166,6 +166,13 @@ def test_splits_by_other_names_are_no_classes(tmp_path, names):
     refused(tmp_path / 'own', 'name them train, validation, test')
 
 
+def test_a_relative_path_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused('photos', f'^cannot read {tmp_path}/photos: No such file')
+    write_images(tmp_path / 'photos', ['red'])
+    refused('photos', f'^{tmp_path}/photos needs a folder for each of at least two classes')
+
+
 def test_a_user_who_is_not_there():
     refused('~nosuchuser/photos', 'cannot read ~nosuchuser/photos')
 
