@@ -80,6 +80,20 @@ def test_metrics_are_the_same_but_for_rounding():
     assert 'num_examples 200, not 201' in compare(metrics(70) | {'num_examples': 201})
 
 
+def test_a_metric_that_verify_does_not_know():
+    """One that was added to `metrics.summarize`, or has gone from it."""
+    test = {'num_examples': 20_000, 'confusion_matrix': [[10_000, 0], [0, 10_000]]}
+
+    def compare(said, again):
+        return verify._compare_result({'new': said}, test | {'new': again}, 8)
+
+    for same in ((0.5, 0.50005), (1e6, 1e6 + 10), (3, 3), ([0.5, None], [0.5, None]), (None, None)):
+        assert compare(*same) is None
+    for other in ((0.5, 0.501), (3, 4), ([0.5], [0.6]), (0.5, [0.5]), (0.5, None), (None, 0.5)):
+        assert compare(*other) == f'the checkpoint of step 8 gives new {other[1]}, not {other[0]}'
+    assert verify._compare_result({'gone': 0.5}, test, 8) == 'the checkpoint of step 8 gives gone None, not 0.5'
+
+
 def test_a_damaged_newest_checkpoint_says_nothing_of_the_history(finished_run, tmp_path, command):
     workdir = shutil.copytree(finished_run, tmp_path / 'run')
     truncate_checkpoint(workdir, '12')
