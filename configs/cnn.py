@@ -3,7 +3,7 @@
 python -m flax_dlvc.main --config configs/cnn.py
 
 CIFAR-10, seed 0: runs for all 30 epochs; best epoch 25: 0.738 test accuracy, 1.862 nats.
-An epoch takes about half a minute on two CPU cores.
+The steps of an epoch took 20 to 52 s on two CPU cores, by the medians of three runs.
 """
 
 from ml_collections import ConfigDict

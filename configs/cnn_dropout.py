@@ -3,7 +3,7 @@
 python -m flax_dlvc.main --config configs/cnn_dropout.py
 
 CIFAR-10, seed 0: stops after epoch 21 of 30; best epoch 16: 0.754 test accuracy, 0.877 nats.
-An epoch takes about half a minute on two CPU cores.
+The steps of an epoch took 23 to 68 s on two CPU cores, by the medians of three runs.
 """
 
 from ml_collections import ConfigDict

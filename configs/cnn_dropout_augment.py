@@ -3,7 +3,7 @@
 python -m flax_dlvc.main --config configs/cnn_dropout_augment.py
 
 CIFAR-10, seed 0: runs for all 30 epochs; best epoch 30: 0.729 test accuracy, 0.777 nats.
-An epoch takes about half a minute on two CPU cores.
+The steps of an epoch took 23 to 52 s on two CPU cores, by the medians of three runs.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
 """The embedded data in a minute: the CNN with dropout on scikit-learn's handwritten digits.
 
 python -m flax_dlvc.main --config configs/quickstart.py
+
+Digits, seed 0: stops after epoch 13 of 30; best epoch 8: 0.983 test accuracy, 0.071 nats. Less than a minute on two CPU
+cores.
 """
 
 from ml_collections import ConfigDict
