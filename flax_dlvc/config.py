@@ -88,83 +88,87 @@ def _one_line(error: BaseException) -> str:
     return lines[-1] if len(lines) > 1 else f'{type(error).__name__}: {lines[-1].strip(chr(34))}'
 
 
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what it must be
+
+
+def _at_least(lowest: int) -> Rule:
+    return lambda value: lowest <= value < math.inf, f'must be at least {lowest}'
+
+
+def _one_of(*names: str) -> Rule:
+    *others, last = map(repr, names)
+    return names.__contains__, f'must be {", ".join(others)} or {last}'
+
+
 def _is_range(value: Sequence[float]) -> bool:
     return len(value) == 2 and 0 < value[0] <= value[1] < math.inf
 
 
-_THREE = 'must be three whole numbers of at least 1'
+_PROBABILITY: Rule = lambda value: 0 <= value < 1, 'must be in [0, 1)'
+_POSITIVE: Rule = lambda value: 0 < value < math.inf, 'must be positive and finite'
+
 MODEL_NAMES = ('cnn', 'resnet18', 'vit', 'airbench')
 
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+_RULES: dict[str, Rule] = {
     # Names the run directory, unless --workdir does.
-    ('name', lambda v: not {'/', '\0'} & set(v) and v not in ('.', '..'), "must be a file's name, without '/'"),
-    ('seed', lambda v: 0 <= v < 2**32, 'must be in [0, 2**32)'),
-    ('batch_size', lambda v: v >= 1, 'must be at least 1'),
-    ('accumulate_steps', lambda v: v >= 1, 'must be at least 1'),
-    ('evaluation_batch_size', lambda v: v >= 1, 'must be at least 1'),
-    ('model.name', lambda v: v in MODEL_NAMES, f'must be one of {MODEL_NAMES}'),
-    ('model.stem', lambda v: v in ('imagenet', 'cifar'), "must be 'imagenet' or 'cifar'"),
-    ('model.embed_dim', lambda v: v >= 1, 'must be at least 1'),
-    ('model.hidden_dim', lambda v: v >= 1, 'must be at least 1'),
-    ('model.num_heads', lambda v: v >= 1, 'must be at least 1'),
-    ('model.num_layers', lambda v: v >= 1, 'must be at least 1'),
-    ('model.patch_size', lambda v: v >= 1, 'must be at least 1'),
-    ('model.patch_stem', lambda v: v in ('linear', 'convolutional'), "must be 'linear' or 'convolutional'"),
-    ('model.stochastic_depth_rate', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
-    ('model.widths', lambda v: len(v) == 3 and min(v) >= 1 and all(isinstance(width, int) for width in v), _THREE),
-    ('model.depth', lambda v: v in (2, 3), 'must be 2 or 3'),
-    ('compute_dtype', lambda v: v in ('float32', 'bfloat16'), "must be 'float32' or 'bfloat16'"),
-    ('dropout_rate', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
-    ('label_smoothing', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
-    (
-        'augment.random_resized_crop_scale',
+    'name': (lambda v: not {'/', '\0'} & set(v) and v not in ('.', '..'), "must be a file's name, without '/'"),
+    'seed': (lambda v: 0 <= v < 2**32, 'must be in [0, 2**32)'),
+    'batch_size': _at_least(1),
+    'accumulate_steps': _at_least(1),
+    'evaluation_batch_size': _at_least(1),
+    'model.name': _one_of(*MODEL_NAMES),
+    'model.stem': _one_of('imagenet', 'cifar'),
+    'model.embed_dim': _at_least(1),
+    'model.hidden_dim': _at_least(1),
+    'model.num_heads': _at_least(1),
+    'model.num_layers': _at_least(1),
+    'model.patch_size': _at_least(1),
+    'model.patch_stem': _one_of('linear', 'convolutional'),
+    'model.stochastic_depth_rate': _PROBABILITY,
+    'model.widths': (
+        lambda v: len(v) == 3 and min(v) >= 1 and all(isinstance(width, int) for width in v),
+        'must be three whole numbers of at least 1',
+    ),
+    'model.depth': (lambda v: v in (2, 3), 'must be 2 or 3'),
+    'compute_dtype': _one_of('float32', 'bfloat16'),
+    'dropout_rate': _PROBABILITY,
+    'label_smoothing': _PROBABILITY,
+    'augment.random_resized_crop_scale': (
         lambda v: _is_range(v) and v[1] <= 1,
         'must be (lowest, highest) with 0 < lowest <= highest <= 1',
     ),
-    ('augment.random_resized_crop_ratio', _is_range, 'must be (lowest, highest) with 0 < lowest <= highest'),
-    ('augment.random_translate', lambda v: v >= 0, 'must be at least 0'),
-    ('augment.mixup_alpha', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('augment.cutmix_alpha', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('augment.cutout', lambda v: v >= 0, 'must be at least 0'),
-    ('num_epochs', lambda v: v >= 1, 'must be at least 1'),
-    ('learning_rate', lambda v: 0 < v < math.inf, 'must be positive and finite'),
-    ('optimizer.name', lambda v: v in ('adamw', 'sgd', 'muon'), "must be 'adamw', 'sgd' or 'muon'"),
-    ('optimizer.momentum', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
-    ('optimizer.weight_decay', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('optimizer.gradient_clip_norm', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('optimizer.newton_schulz_steps', lambda v: v >= 1, 'must be at least 1'),
-    ('optimizer.sgd_momentum', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
-    ('optimizer.classifier_factor', lambda v: 0 < v < math.inf, 'must be positive and finite'),
-    ('optimizer.bias_factor', lambda v: 0 < v < math.inf, 'must be positive and finite'),
-    ('optimizer.whitening_bias_epochs', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    (
-        'schedule.name',
-        lambda v: v in ('constant', 'exponential', 'linear', 'cosine', 'one_cycle'),
-        "must be 'constant', 'exponential', 'linear', 'cosine' or 'one_cycle'",
-    ),
-    ('schedule.decay_per_epoch', lambda v: 0 < v <= 1, 'must be in (0, 1]'),
-    ('schedule.warmup_epochs', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('ema_decay', lambda v: 0 <= v < 1, 'must be in [0, 1)'),
-    (
-        'test_time_augmentation',
-        lambda v: v in ('none', 'mirror', 'mirror_translate'),
-        "must be 'none', 'mirror' or 'mirror_translate'",
-    ),
-    (
-        'early_stopping.metric',
-        lambda v: v in ('validation_accuracy', 'validation_loss'),
-        "must be 'validation_accuracy' or 'validation_loss'",
-    ),
-    ('early_stopping.patience', lambda v: v >= 0, 'must be at least 0'),
-    ('early_stopping.min_delta', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('keep_checkpoints', lambda v: v >= 1, 'must be at least 1'),
-    ('checkpoint_every_steps', lambda v: v >= 0, 'must be at least 0'),
-    ('checkpoint_every_minutes', lambda v: 0 <= v < math.inf, 'must be at least 0'),
-    ('on_divergence', lambda v: v in ('stop', 'rewind'), "must be 'stop' or 'rewind'"),
-    ('max_rewinds', lambda v: v >= 0, 'must be at least 0'),
-    ('num_devices', lambda v: v >= 0, 'must be at least 0'),
-    ('steps_per_call', lambda v: v >= 0, 'must be at least 0'),
-)
+    'augment.random_resized_crop_ratio': (_is_range, 'must be (lowest, highest) with 0 < lowest <= highest'),
+    'augment.random_translate': _at_least(0),
+    'augment.mixup_alpha': _at_least(0),
+    'augment.cutmix_alpha': _at_least(0),
+    'augment.cutout': _at_least(0),
+    'num_epochs': _at_least(1),
+    'learning_rate': _POSITIVE,
+    'optimizer.name': _one_of('adamw', 'sgd', 'muon'),
+    'optimizer.momentum': _PROBABILITY,
+    'optimizer.weight_decay': _at_least(0),
+    'optimizer.gradient_clip_norm': _at_least(0),
+    'optimizer.newton_schulz_steps': _at_least(1),
+    'optimizer.sgd_momentum': _PROBABILITY,
+    'optimizer.classifier_factor': _POSITIVE,
+    'optimizer.bias_factor': _POSITIVE,
+    'optimizer.whitening_bias_epochs': _at_least(0),
+    'schedule.name': _one_of('constant', 'exponential', 'linear', 'cosine', 'one_cycle'),
+    'schedule.decay_per_epoch': (lambda v: 0 < v <= 1, 'must be in (0, 1]'),
+    'schedule.warmup_epochs': _at_least(0),
+    'ema_decay': _PROBABILITY,
+    'test_time_augmentation': _one_of('none', 'mirror', 'mirror_translate'),
+    'early_stopping.metric': _one_of('validation_accuracy', 'validation_loss'),
+    'early_stopping.patience': _at_least(0),
+    'early_stopping.min_delta': _at_least(0),
+    'keep_checkpoints': _at_least(1),
+    'checkpoint_every_steps': _at_least(0),
+    'checkpoint_every_minutes': _at_least(0),
+    'on_divergence': _one_of('stop', 'rewind'),
+    'max_rewinds': _at_least(0),
+    'num_devices': _at_least(0),
+    'steps_per_call': _at_least(0),
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -182,7 +186,7 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(f'field {field!r} is missing; configs/default.py lists the fields')
         if not _same_type(actual[field], value):
             raise ConfigError(f'{field} must be of type {type(value).__name__}, not {actual[field]!r}')
-    for field, holds, message in _RULES:
+    for field, (holds, message) in _RULES.items():
         if not holds(actual[field]):
             raise ConfigError(f'{field} {message}, not {actual[field]!r}')
     if config.model.name == 'vit' and config.model.embed_dim % config.model.num_heads:
