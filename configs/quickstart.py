@@ -2,8 +2,8 @@
 
 python -m flax_dlvc.main --config configs/quickstart.py
 
-Digits, seed 0: stops after epoch 13 of 30; best epoch 8: 0.983 test accuracy, 0.071 nats. Less than a minute on two CPU
-cores.
+On an Intel Xeon, seed 0: stops after epoch 13 of 30; best epoch 8: 0.987 test accuracy, 0.071 nats; half a minute on
+two cores.
 """
 
 from ml_collections import ConfigDict

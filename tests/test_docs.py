@@ -20,7 +20,7 @@ from flax_dlvc.errors import run_command
 
 # What a command cannot be run for here, by how it begins. The config and the fields that it names are checked.
 NOT_RUN = {
-    './launch.sh': 'makes an environment; tests/test_launch.py has a stand-in for that',
+    './launch.sh': 'makes an environment, for which tests/test_launch.py has a stand-in; then tests/test_main.py',
     'exec ./launch.sh': 'likewise',
     'sbatch': 'needs SLURM, for which tests/test_launch.py has a stand-in',
     'mpirun': 'needs Open MPI, for which tests/test_launch.py has a stand-in',

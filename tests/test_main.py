@@ -40,6 +40,13 @@ def test_a_run_says_what_it_is_and_ends_with_score_and_picture(whole_run):
     assert done.stderr == ''
 
 
+def test_the_quickstart_knows_digits(tmp_path, command):
+    """As `./launch.sh` runs it: the whole of a training, by which a recipe that learns no more would be seen."""
+    done = command('main', '--config', ROOT / 'configs' / 'quickstart.py', '--workdir', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'result.json').read_text())['test']['accuracy'] >= 0.97
+
+
 def test_tensorflow_is_never_imported(whole_run):
     code = (
         'import sys, pkgutil, importlib, flax_dlvc\n'
