@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from flax_dlvc import results, tables
-from flax_dlvc.results import CROP_SCALE, OF_CROPS, REGULARIZATIONS, Cell
+from flax_dlvc.results import CROP_SCALE, REGULARIZATIONS, TECHNIQUES, Cell
 
 
 def to_answers(cells: Sequence[Cell]) -> str:
@@ -95,15 +95,16 @@ def _plain(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
 
 
 def crop_scales(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    """By model and regularisation, cells that differ in the crop's lowest area alone, gentlest last; two at least."""
-    series: dict[tuple[str, float], list[Cell]] = {}
-    for cell in cells:
-        if cell.config.augment.random_resized_crop and cell.finished:
-            largest = cell.config.augment.random_resized_crop_scale[1]
-            series.setdefault((cell.without(CROP_SCALE).title, largest), []).append(cell)
+    """With a title, cells that differ in the crop's lowest area alone, gentlest last; two at least."""
+
+    def alike(cell: Cell, other: Cell) -> bool:
+        highest = {each.config.augment.random_resized_crop_scale[1] for each in (cell, other)}
+        return len(highest) == 1 and results.differ_only_in([CROP_SCALE], cell.config, other.config)
+
+    cropped = [cell for cell in cells if cell.config.augment.random_resized_crop and cell.finished]
     return [
-        (title, sorted(members, key=crop_scale))
-        for (title, _), members in series.items()
+        (members[0].without(CROP_SCALE).title, sorted(members, key=crop_scale))
+        for members in results.partition(cropped, alike)
         if len(set(map(crop_scale, members))) > 1
     ]
 
@@ -159,8 +160,5 @@ def _combination(cells: Sequence[Cell]) -> str:
 
 def _is_part(single: Cell, both: Cell, regularization: str) -> bool:
     """Whether `single` has `regularization` alone and is `both` in all else; in crop and rate, where both have them."""
-    fields = {'augment': OF_CROPS, 'dropout': 'dropout_rate'}
-    dropped = tuple(field for technique, field in fields.items() if technique not in regularization)
-    ours = {field: pair[0] for field, pair in both.settings.items() if not field.startswith(dropped)}
-    theirs = {field: pair[0] for field, pair in single.settings.items()}
-    return single.model == both.model and single.regularization == regularization and ours == theirs
+    dropped = [field for name, fields in TECHNIQUES.items() if name not in regularization for field in fields]
+    return single.regularization == regularization and results.differ_only_in(dropped, single.config, both.config)

@@ -7,10 +7,10 @@ import dataclasses
 import importlib
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -19,7 +19,16 @@ from flax_dlvc import rundir
 from flax_dlvc.config import PARTITION_FIELDS, differing_fields, flatten
 from flax_dlvc.errors import ConfigError
 
+T = TypeVar('T')
+
 MODELS = {'resnet18': 'ResNet18', 'cnn': 'CNN', 'vit': 'ViT'}
+MODEL_FIELDS = {  # those of config.model that each of them takes
+    'resnet18': ('stem',),
+    'cnn': (),
+    'vit': (
+        'embed_dim', 'hidden_dim', 'num_heads', 'num_layers', 'patch_size', 'patch_stem', 'stochastic_depth_rate',
+    ),
+}  # fmt: skip
 REGULARIZATIONS = {
     'none': 'none',
     'dropout': 'dropout',
@@ -40,7 +49,11 @@ REPORT = {
     ('vit', 'augment'): (0.561, 1.34),
 }
 CROP_SCALE = 'augment.random_resized_crop_scale'
-OF_CROPS = 'augment.random_resized_crop_'  # how the fields begin that mean nothing where nothing is cropped
+OF_CROPS = (CROP_SCALE, 'augment.random_resized_crop_ratio')  # they mean nothing where nothing is cropped
+TECHNIQUES = {
+    'dropout': ('dropout_rate',),
+    'augment': ('augment.random_resized_crop', *OF_CROPS, 'augment.random_mirror'),
+}
 
 
 # Statistics
@@ -128,8 +141,8 @@ class Run:
 class Cell:
     """The runs of one setting, which differ in their seeds alone.
 
-    `settings` are the fields that differ from the config file, with its value behind ours; where nothing is cropped,
-    without those of crops.
+    `settings` are the fields that differ from the package's config file of this model and regularisation, with its
+    value behind ours, without those that change nothing here.
     """
 
     name: str
@@ -236,36 +249,54 @@ def read_run(directory: Path, workdir: Path) -> Run:
 
 def group(runs: Iterable[Run]) -> list[Cell]:
     """Puts runs that differ in nothing but their seed into one cell; sorted as the report's table is."""
-    groups: list[list[Run]] = []
-    for run in runs:
-        for members in groups:
-            same_cell = run.name.split('/')[0] == members[0].name.split('/')[0]
-            if same_cell and set(differing_fields(run.config, members[0].config)) <= {'seed'}:
-                members.append(run)
-                break
+
+    def same_cell(run: Run, other: Run) -> bool:
+        same_directory = run.name.split('/')[0] == other.name.split('/')[0]
+        return same_directory and differ_only_in((), run.config, other.config)
+
+    return sorted((_cell(members) for members in partition(runs, same_cell)), key=_order)
+
+
+def partition(items: Iterable[T], are_alike: Callable[[T, T], bool]) -> list[list[T]]:
+    """The items in lists, each of those that are like its first one."""
+    lists: list[list[T]] = []
+    for item in items:
+        members = next((members for members in lists if are_alike(item, members[0])), None)
+        if members is None:
+            lists.append([item])
         else:
-            groups.append([run])
-    return sorted((_cell(members) for members in groups), key=_order)
+            members.append(item)
+    return lists
 
 
 def _cell(runs: list[Run]) -> Cell:
     config = runs[0].config
     model = config.model.name
     augmented = config.augment.random_resized_crop or config.augment.random_mirror
-    by_fields = '_'.join(['dropout'] * (config.dropout_rate > 0) + ['augment'] * augmented) or 'none'
-    by_name = {config_name(model, regularization): regularization for regularization in REGULARIZATIONS}
-    base = base_config(config.name) if config.name in by_name else default.get_config()
+    regularization = '_'.join(['dropout'] * (config.dropout_rate > 0) + ['augment'] * augmented) or 'none'
+    base = base_config(config_name(model, regularization)) if model in MODELS else default.get_config()
     ours, theirs = flatten(config), flatten(base)
-    ignored = ['name', 'seed', 'dataset', 'model.name']
-    if not config.augment.random_resized_crop:
-        ignored += [field for field in ours if field.startswith(OF_CROPS)]
+    ignored = {'name', 'seed', 'dataset', 'model.name', *without_effect(config)}
     return Cell(
         name=runs[0].name.split('/')[0],
         model=model,
-        regularization=by_name.get(config.name, by_fields),
+        regularization=regularization,
         settings={f: (ours[f], theirs[f]) for f in differing_fields(config, base) if f not in ignored},
         runs=tuple(sorted(runs, key=lambda run: run.config.seed)),
     )
+
+
+def differ_only_in(fields: Collection[str], left: ConfigDict, right: ConfigDict) -> bool:
+    """Whether two runs differ in none but these fields; their names and seeds, and what changes neither, aside."""
+    aside = {'name', 'seed'} | without_effect(left) & without_effect(right)
+    return set(differing_fields(left, right)) - aside <= set(fields)
+
+
+def without_effect(config: ConfigDict) -> set[str]:
+    """The fields that change nothing in a run: those of crops where nothing is cropped, those of other models."""
+    of_others = set(config.model) - {'name', *MODEL_FIELDS.get(config.model.name, config.model)}
+    fields = {f'model.{field}' for field in of_others}
+    return fields if config.augment.random_resized_crop else fields.union(OF_CROPS)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:

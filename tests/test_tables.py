@@ -2,6 +2,7 @@
 
 import csv
 import html
+import inspect
 import json
 import re
 import shlex
@@ -22,7 +23,7 @@ CLASSES = ['<b>zero</b>', 'one']
 HOSTILE = '<script>document.title="run"</script> & | $x_1$'
 
 
-def write_run(directory, name, seed, accuracy, **fields):
+def write_run(directory, name, seed, accuracy, /, **fields):
     """A finished run of two classes, as `main` leaves it, without checkpoints."""
     config = results.base_config(name)
     config.seed = seed
@@ -343,6 +344,49 @@ def test_pictures_show_of_each_row_one_crop_and_say_what_is_special(finished_stu
     assert [title for title, _ in answers.crop_scales(cells)] == titles
     (axes,) = drawn['crop_scale'].axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == titles
+
+
+@pytest.mark.parametrize('field', ['random_mirror', 'random_resized_crop'])
+def test_rows_are_compared_by_what_their_runs_had(tmp_path, field):
+    """Not by what differs from their config files, which differ in this field themselves."""
+    for name in ('cnn', 'cnn_dropout', 'cnn_augment', 'cnn_dropout_augment'):
+        for seed, accuracy in enumerate((0.7, 0.71)):
+            write_run(tmp_path / name / f'seed_{seed}', name, seed, accuracy, **{f'augment.{field}': False})
+    text = answers.to_answers(study_cells(tmp_path))
+    assert 'has the same settings' not in text and 'interval needs' not in text
+    assert f'* CNN, augmentation, {field} False, against none: ' in text
+    assert f'* CNN, dropout and augmentation, {field} False, against augmentation alone: ' in text
+
+
+def test_rows_of_other_settings_are_not_compared_whatever_their_files_are_called(tmp_path):
+    """A file's own learning rate may be the default one, which the package's file of that model is not."""
+    write_run(tmp_path / 'vit' / 'seed_0', 'vit', 0, 0.6)
+    write_run(tmp_path / 'mine' / 'seed_0', 'vit_dropout', 0, 0.6, name='mine', learning_rate=1e-3)
+    text = answers.to_answers(study_cells(tmp_path))
+    assert '* ViT, dropout, learning_rate 0.001: no row without regularisation has the same settings' in text
+    write_run(tmp_path / 'vit,learning_rate=0.001' / 'seed_0', 'vit', 0, 0.6, learning_rate=1e-3)
+    assert '* ViT, dropout, learning_rate 0.001, against none: ' in answers.to_answers(study_cells(tmp_path))
+
+
+def test_a_config_file_of_ones_own_is_of_the_series_that_it_fits(tmp_path):
+    scale = {'augment.random_resized_crop_scale': (0.5, 1.0)}
+    for seed, accuracy in enumerate((0.7, 0.71)):
+        write_run(tmp_path / 'cnn_augment' / f'seed_{seed}', 'cnn_augment', seed, accuracy)
+        write_run(tmp_path / 'cnn_gentle' / f'seed_{seed}', 'cnn_augment', seed, accuracy, name='cnn_gentle', **scale)
+    text = answers.to_answers(study_cells(tmp_path))
+    assert '* CNN, augmentation; test accuracy by the lowest area of a crop: 0.08: ' in text
+    assert 'From 0.08 to 0.5: ' in text and 'no two rows' not in text
+
+
+def test_a_row_shows_no_field_that_its_model_does_not_take(tmp_path):
+    from flax_dlvc import models
+
+    options = set(results.base_config('cnn').model) - {'name'}
+    for name, fields in results.MODEL_FIELDS.items():
+        assert set(fields) == options & set(inspect.signature(models.MODELS[name]).parameters)
+        write_run(tmp_path / name / 'seed_0', name, 0, 0.7, **{'model.num_layers': 4})
+    titles = ['ResNet18, none', 'CNN, none', 'ViT, none, num_layers 4']
+    assert [cell.title for cell in study_cells(tmp_path)] == titles
 
 
 def study_cells(directory):
