@@ -220,12 +220,20 @@ def plain(value: Any) -> str:
 
 
 def read_runs(directory: Path) -> list[Run]:
-    """Every run of a study, sorted by name.
+    """Every run of a study, sorted by name; a directory that is not called seed_N is none.
 
     Raises:
-        ConfigError: one of them is damaged.
+        ConfigError: one of them is damaged, or a copy: its seed is not the one that it is called by.
     """
-    return [read_run(directory, path.parent) for path in sorted(directory.glob('*/seed_*/config.json'))]
+    paths = [path.parent for path in sorted(directory.glob('*/seed_*/config.json'))]
+    runs = [read_run(directory, path) for path in paths if path.name.removeprefix('seed_').isdecimal()]
+    for run in runs:
+        if Path(run.name).name != f'seed_{run.config.seed}':
+            raise ConfigError(
+                f'{directory / run.name} holds a run of seed {run.config.seed}, which may not count twice; '
+                f'call it seed_{run.config.seed}, or move it out of the study'
+            )
+    return runs
 
 
 def read_run(directory: Path, workdir: Path) -> Run:

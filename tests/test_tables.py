@@ -389,6 +389,16 @@ def test_a_row_shows_no_field_that_its_model_does_not_take(tmp_path):
     assert [cell.title for cell in study_cells(tmp_path)] == titles
 
 
+def test_a_copy_of_a_run_does_not_count(finished_study, tmp_path):
+    shutil.copytree(finished_study / 'cnn', tmp_path / 'cnn')
+    shutil.copytree(tmp_path / 'cnn' / 'seed_0', tmp_path / 'cnn' / 'seed_0_backup')
+    (cell,) = study_cells(tmp_path)
+    assert [run.config.seed for run in cell.runs] == [0, 1, 2]
+    shutil.copytree(tmp_path / 'cnn' / 'seed_0', tmp_path / 'cnn' / 'seed_3')
+    with pytest.raises(ConfigError, match='cnn/seed_3 holds a run of seed 0, .*call it seed_0, or move it'):
+        study_cells(tmp_path)
+
+
 def study_cells(directory):
     return results.group(results.read_runs(directory))
 
