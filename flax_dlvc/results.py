@@ -114,6 +114,7 @@ class Run:
     history: tuple[dict[str, Any], ...]
     result: dict[str, Any] | None
     evaluation: dict[str, Any]  # evaluation-test.json; empty where there is none of the best checkpoint
+    data: dict[str, Any]  # dataset.json; empty where there is none
     failure: str
 
     @property
@@ -251,6 +252,7 @@ def read_run(directory: Path, workdir: Path) -> Run:
         history=history,
         result=result,
         evaluation=evaluation,
+        data=rundir.read_dataset(workdir).describe() if (workdir / 'dataset.json').exists() else {},
         failure='' if result else rundir.read_failure(workdir),
     )
 
@@ -347,18 +349,29 @@ def datasets(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """The cells by dataset: no table mixes two.
 
     Raises:
-        ConfigError: a dataset of one name had other classes in one run than in another.
+        ConfigError: a dataset of one name had other classes, or of the same splits other images, in one run than in
+            another.
     """
     by_name = {name: [cell for cell in cells if cell.dataset == name] for name in sorted({c.dataset for c in cells})}
     for name, members in by_name.items():
         finished = [run for cell in members for run in cell.finished]
-        for run in finished:
-            if _have_other_classes(run, finished[0]):
-                raise ConfigError(
-                    f'{name} had other classes in {run.name} than in {finished[0].name}; '
-                    'a study has one dataset: start another one for the changed data'
-                )
+        others = [('classes', run, finished[0]) for run in finished if _have_other_classes(run, finished[0])]
+        described = [run for run in finished if run.data]
+        for alike in partition(described, lambda run, other: run.config.splits == other.config.splits):
+            others += [('images', run, alike[0]) for run in alike if _images(run) != _images(alike[0])]
+        if others:
+            what, run, other = others[0]
+            raise ConfigError(
+                f'{name} had other {what} in {run.name} than in {other.name}; '
+                'a study has one dataset: start another one for the changed data'
+            )
     return by_name
+
+
+def _images(run: Run) -> tuple[Any, ...]:
+    """What dataset.json says of the images; in the last digits of a mean machines may differ."""
+    moments = [round(value, 6) for value in run.data['mean'] + run.data['std']]
+    return run.data['image_shape'], run.data['num_examples'], moments
 
 
 def _have_other_classes(run: Run, other: Run) -> bool:

@@ -17,7 +17,7 @@ import scipy.stats
 from flax_dlvc import answers, data, figures, page, results, rundir, study, tables
 from flax_dlvc.board import Board
 from flax_dlvc.errors import ConfigError
-from flax_dlvc.grid import Planned
+from flax_dlvc.grid import WRITABLE, Planned
 
 CLASSES = ['<b>zero</b>', 'one']
 HOSTILE = '<script>document.title="run"</script> & | $x_1$'
@@ -395,7 +395,7 @@ def test_a_copy_of_a_run_does_not_count(finished_study, tmp_path):
     (cell,) = study_cells(tmp_path)
     assert [run.config.seed for run in cell.runs] == [0, 1, 2]
     shutil.copytree(tmp_path / 'cnn' / 'seed_0', tmp_path / 'cnn' / 'seed_3')
-    with pytest.raises(ConfigError, match='cnn/seed_3 holds a run of seed 0, .*call it seed_0, or move it'):
+    with pytest.raises(ConfigError, match=r'cnn/seed_3 holds a run of seed 0, .*call it seed_0, or move it'):
         study_cells(tmp_path)
 
 
@@ -430,6 +430,25 @@ def test_runs_of_other_classes_are_in_no_table_together(tmp_path):
         study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
     (tmp_path / 'cnn' / 'seed_1' / 'evaluation-test.json').unlink()  # names that are not known are no others
     study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+
+
+def test_runs_of_other_images_are_in_no_table_together(tmp_path):
+    def write(seed, splits, num_train, mean):
+        name = f'cnn,splits.train={splits.translate(WRITABLE)}/seed_{seed}'
+        write_run(tmp_path / name, 'cnn', seed, 0.7, **{'dataset': 'folder:own', 'splits.train': splits})
+        sizes = {'train': num_train, 'validation': 10, 'test': 12}
+        described = {'name': 'folder:own', 'class_names': CLASSES, 'image_shape': [8, 8, 1], 'num_examples': sizes}
+        rundir.write_text(tmp_path / name / 'dataset.json', json.dumps(described | {'mean': [mean], 'std': [0.25]}))
+
+    write(0, 'train[:80%]', 38, 0.5)
+    write(1, 'train[:80%]', 38, 0.5 + 1e-12)
+    write(0, 'train[:40%]', 19, 0.51)  # less of the same
+    study_tables = tables.to_markdown(study_cells(tmp_path))
+    assert '| CNN | none | 2 |' in study_tables and '| CNN | none, train train[:40%] | 1 |' in study_tables
+    for num_train, mean in ((166, 0.5), (38, 0.6)):
+        write(2, 'train[:80%]', num_train, mean)
+        with pytest.raises(ConfigError, match=r'other images in cnn.*/seed_2 than in cnn.*/seed_0; a study has one'):
+            tables.to_markdown(study_cells(tmp_path))
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
