@@ -16,12 +16,15 @@ from configs import default
 from flax_dlvc.errors import ArgumentParser, ConfigError
 
 
-def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
+def parse_command_line(
+    argv: Sequence[str], define_flags: Callable[[flags.FlagValues], None], *, check: bool = True
+) -> flags.FlagValues:
     """Parses `--config FILE --config.FIELD=VALUE …` and whatever flags `define_flags` adds.
 
     Args:
         argv: the command line, program name first.
         define_flags: defines further flags on the `FlagValues` it is given.
+        check: whether the config has to be valid; one that is changed further is checked later.
 
     Returns:
         The parsed flags; `flag_values.config` is the config, with `name` set to the file's stem, and checked.
@@ -52,7 +55,8 @@ def parse_command_line(argv: Sequence[str], define_flags: Callable[[flags.FlagVa
         config.name = path.stem
     if surplus:
         raise ConfigError(f'{surplus[0]!r} is not a flag; fields are set as --config.FIELD=VALUE')
-    validate(config)
+    if check:
+        validate(config)
     return flag_values
 
 

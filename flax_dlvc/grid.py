@@ -5,12 +5,14 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 import configs
+from configs import default
 from flax_dlvc import results
-from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line
+from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line, validate
 from flax_dlvc.errors import ConfigError
 
 WRITABLE = str.maketrans('[]', '()')  # with brackets in a directory's name `rundir.check` would refuse it
@@ -23,7 +25,6 @@ class Planned:
     cell: str
     config: ConfigDict
     directory: Path
-    flags: tuple[str, ...]  # what makes the config file this config, besides the seed
     state: str = 'waiting'  # then 'running', 'finished', 'failed', or 'elsewhere' where another process trains it
     epochs: int = 0
     best: float | None = None
@@ -33,9 +34,8 @@ class Planned:
     @property
     def command(self) -> list[str]:
         """The arguments of `python` that carry out this run alone."""
-        seed = (f'--config.seed={self.config.seed}',) if self.config.seed else ()
-        arguments = (*self.flags, *seed, f'--workdir={self.directory}')
-        return ['-m', 'flax_dlvc.main', f'--config={_config_file(self.config.name)}', *arguments]
+        file, flags = _config_file(self.config.name), results.flags(self.config, self.config.name)
+        return ['-m', 'flax_dlvc.main', f'--config={file}', *flags, f'--workdir={self.directory}']
 
     @property
     def epochs_left(self) -> int:
@@ -70,38 +70,26 @@ def plan(
         ConfigError: a name, field or value is wrong.
     """
     axes = [[(field, value) for value in values] for field, values in map(_parse_axis, vary)]
-    grid: list[Planned] = []
+    cells: dict[str, ConfigDict] = {}
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
+        base = _config_at(name, overrides, ())
         for point in itertools.product(*axes):
-            flags, labels = {_field_of(flag): flag for flag in overrides}, []
-            # Whether it crops comes first: of what does not, fields of crops are left out.
-            for field, value in sorted(point, key=lambda axis: axis[0] != 'augment.random_resized_crop'):
-                so_far = _parse_config(name, list(flags.values()))
-                if field.startswith('augment.random_resized_crop_') and not so_far.augment.random_resized_crop:
-                    continue  # it changes nothing where nothing is cropped
-                if field == 'dropout_rate' and 'dropout' not in regularization:
-                    continue  # a row without dropout stays one
-                flag = _axis_flag(field, value, so_far)
-                changed = flags | {_field_of(flag): flag}
-                if flatten(_parse_config(name, list(changed.values()))) != flatten(so_far):
-                    flags = changed
-                    labels.append(f'{field}={value}')
-            cell = ','.join([name, *labels]).translate(WRITABLE)
-            if any(planned.cell == cell for planned in grid):
-                continue
-            for seed in range(seeds):
-                config = _parse_config(name, [*flags.values(), f'--config.seed={seed}'])
-                grid.append(Planned(cell, config, workdir / cell / f'seed_{seed}', tuple(flags.values())))
+            config = _config_at(name, overrides, point)
+            # What changes nothing makes no other row, and a row without dropout stays one.
+            kept = results.without_effect(config) | ({'dropout_rate'} if 'dropout' not in regularization else set())
+            config.update_from_flattened_dict({field: flatten(base)[field] for field in kept})
+            validate(config)
+            ours, theirs = (flatten(each) | _ends(each) for each in (config, base))
+            labels = [f'{field}={value}' for field, value in point if ours[field] != theirs[field]]
+            cells.setdefault(','.join([name, *labels]).translate(WRITABLE), config)
+    grid = []
+    for cell, config in cells.items():
+        for seed in range(seeds):
+            config = config.copy_and_resolve_references()
+            config.seed = seed
+            grid.append(Planned(cell, config, workdir / cell / f'seed_{seed}'))
     return grid
-
-
-def _field_of(flag: str) -> str:
-    return flag.partition('=')[0]
-
-
-def _parse_config(name: str, flags: Sequence[str]) -> ConfigDict:
-    return parse_command_line(['study', f'--config={_config_file(name)}', *flags], lambda _: None).config
 
 
 def _parse_axis(text: str) -> tuple[str, list[str]]:
@@ -118,6 +106,9 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
             parts[-1] += character
     if '' in parts:
         raise ConfigError(f'--vary {text!r} has an empty value')
+    usual = default.get_config()
+    if field not in flatten(usual) | _ends(usual):
+        raise ConfigError(f'--vary: unknown field {field!r}; configs/default.py lists the fields')
     if field in ('seed', 'name', 'model.name'):
         raise ConfigError(f'--vary cannot vary {field}; see --seeds and --models')
     if field in EXECUTION_FIELDS:
@@ -125,15 +116,26 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
     return field, list(dict.fromkeys(parts))
 
 
-def _axis_flag(field: str, value: str, base: ConfigDict) -> str:
-    """The flag that sets a field, or one end of a (lowest, highest) field, to a value."""
-    fields = flatten(base)
-    stem, _, end = field.rpartition('_')
-    if field in fields or not isinstance(fields.get(stem), tuple) or end not in ('min', 'max'):
-        return f'--config.{field}={value}'
-    lowest, highest = fields[stem]
-    try:
-        number = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        raise ConfigError(f'{field} must be a number, not {value!r}') from None
-    return f'--config.{stem}={(number, highest) if end == "min" else (lowest, number)}'
+def _config_at(name: str, overrides: Sequence[str], point: Sequence[tuple[str, str]]) -> ConfigDict:
+    """A config file's config with overrides and the fields of a point; not checked, as it takes all of its fields."""
+    ends = [(field, value) for field, value in point if field in _ends(default.get_config())]
+    flags = [f'--config.{field}={value}' for field, value in point if (field, value) not in ends]
+    argv = ['study', f'--config={_config_file(name)}', *overrides, *flags]
+    config = parse_command_line(argv, lambda _: None, check=False).config
+    for field, value in ends:
+        stem, _, end = field.rpartition('_')
+        pair = flatten(config)[stem]
+        try:
+            number = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise ConfigError(f'{field} must be a number, not {value!r}') from None
+        config.update_from_flattened_dict({stem: (number, *pair[1:]) if end == 'min' else (*pair[:1], number)})
+    return config
+
+
+def _ends(config: ConfigDict) -> dict[str, Any]:
+    """FIELD_min and FIELD_max of each (lowest, highest) field."""
+    pairs = {field: value for field, value in flatten(config).items() if isinstance(value, tuple)}
+    return {f'{field}_min': pair[:1] for field, pair in pairs.items()} | {
+        f'{field}_max': pair[1:] for field, pair in pairs.items()
+    }

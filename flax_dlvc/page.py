@@ -50,16 +50,13 @@ def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]
 
 def command(run: Run) -> str:
     """The shell command that repeats a run."""
-    ours = config.flatten(run.config)
     known = [
         results.config_name(model, regularization)
         for model in results.MODELS
         for regularization in results.REGULARIZATIONS
     ]
     name = run.config.name if run.config.name in known else 'default'
-    theirs = config.flatten(results.base_config(name))
-    without_effect = set(config.EXECUTION_FIELDS) - set(config.PARTITION_FIELDS)
-    flags = [f'--config.{f}={ours[f]}' for f in ours if f not in ('name', *without_effect) and ours[f] != theirs[f]]
+    flags = results.flags(run.config, name, set(config.EXECUTION_FIELDS) - set(config.PARTITION_FIELDS))
     return shlex.join(
         ['python', '-m', 'flax_dlvc.main', '--config', f'configs/{name}.py', *flags, '--workdir', f'runs/{run.name}']
     )

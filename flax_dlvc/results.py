@@ -332,6 +332,12 @@ def base_config(name: str) -> ConfigDict:
     return config
 
 
+def flags(config: ConfigDict, file: str, ignored: Collection[str] = ()) -> list[str]:
+    """What a command says besides a config file of the package to have this config, but for the ignored fields."""
+    ours, theirs = flatten(config), flatten(base_config(file))
+    return [f'--config.{f}={ours[f]}' for f in ours if f not in ('name', *ignored) and ours[f] != theirs[f]]
+
+
 def class_names(cells: Sequence[Cell]) -> list[str]:
     """The names of the classes, or their numbers where no run recorded them."""
     finished = [run for cell in cells for run in cell.finished]

@@ -3,7 +3,10 @@
 import pytest
 
 from flax_dlvc import rundir
+from flax_dlvc.config import parse_command_line
+from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import plan
+from flax_dlvc.main import define_flags
 
 
 def test_the_grid_is_models_by_regularizations_by_seeds(tmp_path):
@@ -56,7 +59,7 @@ def test_ends_of_a_pair_are_set_one_after_the_other(tmp_path):
     )
     scales = [planned.config.augment.random_resized_crop_scale for planned in grid]
     assert scales == [(0.25, 0.75), (0.25, 0.9), (0.5, 0.75), (0.5, 0.9)]
-    assert all(len([flag for flag in planned.flags if stem in flag]) == 1 for planned in grid)
+    assert all(len([flag for flag in planned.command if flag.startswith(f'--config.{stem}=')]) == 1 for planned in grid)
 
 
 def test_an_axis_can_switch_crops_on(tmp_path):
@@ -99,3 +102,63 @@ def test_a_row_without_dropout_stays_one(tmp_path):
         'cnn_dropout,dropout_rate=0.2': 0.2,
         'cnn_dropout': 0.5,
     }
+
+
+@pytest.mark.parametrize('order', [1, -1])
+@pytest.mark.parametrize(
+    'axes',
+    [
+        ['model.embed_dim=100,200', 'model.num_heads=5,10'],
+        ['augment.random_resized_crop_scale_max=0.05,0.5', 'augment.random_resized_crop_scale_min=0.01'],
+        ['schedule.warmup_epochs=40', 'num_epochs=50'],
+        ['augment.alternating_mirror=True', 'augment.random_mirror=False'],
+    ],
+)
+def test_a_point_has_to_be_valid_as_a_whole_only(tmp_path, axes, order):
+    grid = plan(tmp_path, models=['vit'], regularizations=['augment'], seeds=1, vary=axes[::order])
+    first, second = (axis.partition('=')[2].split(',') for axis in axes)
+    assert len({planned.cell for planned in grid}) == len(grid) == len(first) * len(second)
+
+
+def test_what_every_run_shares_may_need_an_axis_to_be_valid(tmp_path):
+    overrides, axes = ['--config.schedule.warmup_epochs=40'], ['num_epochs=50,60']
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1, vary=axes, overrides=overrides)
+    assert [(planned.cell, planned.config.schedule.warmup_epochs) for planned in grid] == [
+        ('cnn,num_epochs=50', 40),
+        ('cnn,num_epochs=60', 40),
+    ]
+
+
+def test_a_model_has_no_rows_of_fields_that_it_does_not_take(tmp_path):
+    axes = ['model.embed_dim=128,512', 'learning_rate=0.1']
+    grid = plan(tmp_path, models=['cnn', 'vit'], regularizations=['none'], seeds=1, vary=axes)
+    assert [(planned.cell, planned.config.model.embed_dim) for planned in grid] == [
+        ('cnn,learning_rate=0.1', 256),
+        ('vit,model.embed_dim=128,learning_rate=0.1', 128),
+        ('vit,model.embed_dim=512,learning_rate=0.1', 512),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('axis', 'message'),
+    [
+        ('learning_rat=1', "unknown field 'learning_rat'"),
+        ("early_stopping={'patience':3}", "unknown field 'early_stopping'"),
+        ('model.widths[0]=3', 'unknown field'),
+        ('augment.random_resized_crop_scale_min=x', 'scale_min must be a number'),
+        ('augment.random_resized_crop_scale_min=2', 'scale must be .lowest, highest. with'),
+        ('model.num_heads=7', 'must be divisible by'),
+    ],
+)
+def test_a_wrong_axis_is_one_line(tmp_path, axis, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        plan(tmp_path, models=['vit'], regularizations=['augment'], seeds=1, vary=[axis])
+    assert '\n' not in str(error.value)
+
+
+def test_the_command_of_a_run_is_its_config(tmp_path):
+    axes = ['augment.random_resized_crop_ratio=(0.5,2)']
+    overrides = ['--config.early_stopping.patience=0', '--config.keep_checkpoints=3', '--config.splits.validation=']
+    grid = plan(tmp_path, models=['cnn'], regularizations=['augment'], seeds=2, vary=axes, overrides=overrides)
+    for planned in grid:
+        assert parse_command_line(planned.command[1:], define_flags).config == planned.config

@@ -259,7 +259,7 @@ def test_a_study_without_validation_is_tabled(tmp_path):
     study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
     assert '| 90.00 ± 0.00 | – | 70.00 ± 0.00 |' in (tmp_path / 'answers.md').read_text()
     assert (tmp_path / 'figures' / 'curves_cnn.png').exists()
-    planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0', ())
+    planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0')
     Board([], 1).follow(planned)
     assert (planned.epochs, planned.best) == (2, None)
 
@@ -271,7 +271,7 @@ def tables_config(directory):
 def test_a_run_that_stopped_early_is_of_the_longer_row_too(tmp_path):
     write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
     write_run(tmp_path / 'cnn' / 'seed_1', 'cnn', 1, 0.7, num_epochs=50)
-    planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0', ())
+    planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0')
     planned.config.num_epochs = 50
     study.carry_out([planned], 1)
     assert (planned.state, planned.epochs) == ('finished', 2)
