@@ -36,7 +36,7 @@ def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]
             sort_key=_sort_key,
             per_class=lambda cell: [tables.percent(accuracy, 1) for accuracy in results.per_class(cell)],
             class_names=results.class_names,
-            caption=tables.CAPTION,
+            caption=tables.caption,
             answers=_blocks(answers.to_answers(cells)),
             figures=[(caption, _data_uri(workdir / 'figures' / f'{stem}.svg')) for stem, caption in drawn],
             runs=[run for cell in cells for run in cell.runs],

@@ -183,7 +183,7 @@ class Cell:
     @property
     def variant(self) -> str:
         """The regularisation, and what else is special."""
-        special = ''.join(f', {field.split(".")[-1]} {plain(ours)}' for field, (ours, _) in self.settings.items())
+        special = ''.join(f', {short(field)} {plain(ours)}' for field, (ours, _) in self.settings.items())
         return REGULARIZATIONS[self.regularization] + special
 
     @property
@@ -216,8 +216,15 @@ def model_title(model: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """A config field's value for people; of a (lowest, highest) field 'LOWEST-HIGHEST'."""
-    return '-'.join(f'{item:g}' for item in value) if isinstance(value, tuple) else str(value)
+    """A config field's value for people; of a (lowest, highest) field 'LOWEST-HIGHEST', of an empty one two quotes."""
+    return '-'.join(f'{item:g}' for item in value) if isinstance(value, tuple) else str(value) or "''"
+
+
+def short(field: str) -> str:
+    """The end of a dotted field's name that no other field has."""
+    fields, parts = flatten(default.get_config()), field.split('.')
+    ends = ['.'.join(parts[start:]) for start in range(len(parts))]
+    return next(end for end in reversed(ends) if end == field or sum(f.endswith(f'.{end}') for f in fields) == 1)
 
 
 def read_runs(directory: Path) -> list[Run]:

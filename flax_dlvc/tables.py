@@ -82,10 +82,14 @@ def best_epochs(cell: Cell) -> str:
     return ', '.join(str(run.result['best_epoch']) for run in cell.finished if run.result) or '–'
 
 
-CAPTION = (
-    'Means ± standard deviations over seeds, of the checkpoint that validation chose, on the test split. The interval '
-    'is that of Student’s t over seeds, with the report’s single run taken as a constant; of one seed there is none.'
-)
+def caption(cells: Sequence[Cell]) -> str:
+    """What the tables' numbers are."""
+    validated = all(cell.config.splits.validation for cell in cells)
+    return (
+        'Means ± standard deviations over seeds, of the checkpoint that validation chose'
+        f'{"" if validated else " or, where there was none, the last one"}, on the test split. The interval is that of '
+        'Student’s t over seeds, with the report’s single run taken as a constant; of one seed there is none.'
+    )
 
 
 def to_markdown(cells: Sequence[Cell]) -> str:
@@ -93,7 +97,8 @@ def to_markdown(cells: Sequence[Cell]) -> str:
     text = ''
     for dataset, members in datasets(cells).items():
         rows = [[column(cell) for _, column in COLUMNS] for cell in members]
-        text += f'## {escape_markdown(dataset)}\n\n{CAPTION}\n\n' + markdown([title for title, _ in COLUMNS], rows)
+        text += f'## {escape_markdown(dataset)}\n\n{caption(members)}\n\n'
+        text += markdown([title for title, _ in COLUMNS], rows)
         named = [[cell.title, *(percent(a, 1) for a in per_class(cell))] for cell in members if cell.finished]
         text += '\nAccuracy by class (%), averaged over seeds:\n\n' + markdown(['', *class_names(members)], named)
     return text
@@ -147,7 +152,7 @@ def to_tex(cells: Sequence[Cell]) -> str:
                 *body,
                 r'\bottomrule',
                 r'\end{tabular}',
-                f'% {CAPTION}',
+                f'% {caption(members)}',
                 '',
             ]
         )

@@ -258,6 +258,10 @@ def test_a_study_without_validation_is_tabled(tmp_path):
         rundir.write_history(directory, [record | nothing for record in rundir.read_history(directory)])
     study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
     assert '| 90.00 ± 0.00 | – | 70.00 ± 0.00 |' in (tmp_path / 'answers.md').read_text()
+    table = (tmp_path / 'table.md').read_text()
+    assert "| CNN | none, patience 0, validation '' | 2 |" in table
+    assert "splits.validation '' (file: train[80%:])" in table
+    assert 'chose or, where there was none, the last one, on the test split.' in table
     assert (tmp_path / 'figures' / 'curves_cnn.png').exists()
     planned = Planned('cnn', tables_config(tmp_path), tmp_path / 'cnn' / 'seed_0')
     Board([], 1).follow(planned)
@@ -397,6 +401,14 @@ def test_a_copy_of_a_run_does_not_count(finished_study, tmp_path):
     shutil.copytree(tmp_path / 'cnn' / 'seed_0', tmp_path / 'cnn' / 'seed_3')
     with pytest.raises(ConfigError, match=r'cnn/seed_3 holds a run of seed 0, .*call it seed_0, or move it'):
         study_cells(tmp_path)
+
+
+def test_a_row_names_a_field_so_that_it_is_no_other(tmp_path):
+    fields = {'optimizer.name': 'sgd', 'optimizer.momentum': 0.5, 'schedule.name': 'cosine'}
+    write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7, **fields)
+    (cell,) = study_cells(tmp_path)
+    assert cell.title == 'CNN, none, momentum 0.5, optimizer.name sgd, schedule.name cosine'
+    assert list(map(results.short, ('name', 'seed', 'splits.test'))) == ['name', 'seed', 'test']
 
 
 def study_cells(directory):
