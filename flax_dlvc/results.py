@@ -251,6 +251,8 @@ def read_run(directory: Path, workdir: Path) -> Run:
         raise ConfigError(f'{workdir} lacks the best epoch of its result in metrics.jsonl; is a file damaged?')
     evaluation = rundir.read_test_evaluation(workdir)
     best_step = history[result['best_epoch'] - 1]['step'] if result else None
+    if not history:  # an imported model has a checkpoint of step 0 alone
+        best_step = 0
     if evaluation.get('step', best_step) != best_step:  # `evaluate` can be asked for any checkpoint
         evaluation = {}
     return Run(

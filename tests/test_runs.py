@@ -94,6 +94,17 @@ def test_a_diverged_run_that_is_begun_again_has_diverged_no_more(folder, tmp_pat
     assert runs.describe(tmp_path, workdir)['state'] == 'stopped'
 
 
+def test_an_imported_model_has_the_test_accuracy_that_it_was_evaluated_to(folder, tmp_path):
+    """Until it is trained on: then step 0 is not its best checkpoint any more."""
+    for file in ('config.json', 'dataset.json'):
+        shutil.copy(folder / 'a' / file, tmp_path)
+    evaluation = rundir.read_test_evaluation(folder / 'a') | {'step': 0}
+    rundir.write_evaluation(tmp_path, 'test', evaluation)
+    assert runs.describe(tmp_path, tmp_path)['test_accuracy'] == evaluation['accuracy']
+    shutil.copy(folder / 'a' / 'metrics.jsonl', tmp_path)
+    assert runs.describe(tmp_path, tmp_path)['test_accuracy'] is None
+
+
 @pytest.mark.parametrize(
     ('file', 'content'),
     [
