@@ -17,7 +17,7 @@ def to_answers(cells: Sequence[Cell]) -> str:
             + _experiments(known)
             + _against_none(known)
             + f'\n## Does a gentler crop rescue augmentation?{where}\n\n'
-            + _crop_scale(known)
+            + _crop_scale(members)
             + f'\n## Do dropout and augmentation together beat either?{where}\n\n'
             + _combination(known)
         )
@@ -122,7 +122,7 @@ def _crop_scale(cells: Sequence[Cell]) -> str:
         strongest, *gentler = members
         for cell in gentler:
             lines.append(f'  * From {crop_scale(strongest):g} to {crop_scale(cell):g}: {verdict(cell, strongest)}.')
-        plain = _plain(strongest, cells)
+        plain = _plain(strongest, [cell for cell in cells if cell.finished])
         if plain:
             for cell in gentler:
                 lines.append(f'  * {crop_scale(cell):g} against no regularisation: {verdict(cell, plain)}.')

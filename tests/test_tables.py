@@ -475,6 +475,23 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert f'* CNN: no two rows differ in the lowest area of a crop alone, {answers.NOT_ENOUGH}.' in text
 
 
+def test_a_model_of_which_nothing_is_finished_is_named(tmp_path):
+    for name in ('cnn', 'cnn_augment'):
+        write_run(tmp_path / name / 'seed_0', name, 0, 0.7)
+    for name in ('vit', 'vit_augment'):
+        rundir.create(tmp_path / name / 'seed_0', results.base_config(name))
+    missing = f': no two rows differ in the lowest area of a crop alone, {answers.NOT_ENOUGH}.'
+    assert f'* CNN, ViT{missing}' in answers.to_answers(study_cells(tmp_path))
+    for name in ('cnn', 'cnn_augment'):
+        (tmp_path / name / 'seed_0' / 'result.json').unlink()
+    text = answers.to_answers(study_cells(tmp_path))
+    assert f'* CNN, ViT{missing}' in text and 'ended 0 of 0 runs' in text
+    gentle = results.base_config('cnn_augment')
+    gentle.augment.random_resized_crop_scale = (0.5, 1.0)
+    rundir.create(tmp_path / 'cnn_gentle' / 'seed_0', gentle)
+    assert answers.to_answers(study_cells(tmp_path)) == text
+
+
 def test_nothing_in_a_name_is_markup():
     name = r'\a_b_ *c* `d` <e> |f [g](h) &amp; _i_'
     escaped = tables.escape_markdown(name)
