@@ -1,27 +1,42 @@
 """The report's question 1.3 and its two open questions, answered from the runs, with what is uncertain about it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax_dlvc import results, tables
 from flax_dlvc.results import CROP_SCALE, REGULARIZATIONS, TECHNIQUES, Cell
 
+# A kind; a table's rows, or Markdown with {} for each name; the names, in which nothing is markup.
+Block = tuple[str, Any, Sequence[str]]
+_BEGINS = {'heading': '## ', 'paragraph': '', 'item': '* ', 'nested': '  * '}
+
 
 def to_answers(cells: Sequence[Cell]) -> str:
-    """answers.md: the report's question 1.3 and its two open ones, as far as the runs answer them."""
-    text = '# What the runs say\n'
+    """answers.md."""
+    text, before = '# What the runs say\n', ''
+    for kind, content, names in to_blocks(cells):
+        if not {kind, before} <= {'item', 'nested'}:
+            text += '\n'
+        if kind == 'table':
+            text += tables.markdown(content[0], content[1:])
+        else:
+            text += f'{_BEGINS[kind]}{content.format(*map(tables.escape_markdown, names))}\n'
+        before = kind
+    return text
+
+
+def to_blocks(cells: Sequence[Cell]) -> list[Block]:
+    """The report's question 1.3 and its two open ones, as far as the runs answer them."""
+    blocks: list[Block] = []
     for dataset, members in results.datasets(cells).items():
         known = [cell for cell in members if cell.finished]
-        where = f' ({tables.escape_markdown(dataset)})'
-        text += (
-            f'\n## 1.3 What did data augmentation, regularisation and early stopping bring?{where}\n\n'
-            + _experiments(known)
-            + _against_none(known)
-            + f'\n## Does a gentler crop rescue augmentation?{where}\n\n'
-            + _crop_scale(members)
-            + f'\n## Do dropout and augmentation together beat either?{where}\n\n'
-            + _combination(known)
-        )
-    return text
+        for question, answer in (
+            ('1.3 What did data augmentation, regularisation and early stopping bring?', _experiments(known)),
+            ('Does a gentler crop rescue augmentation?', _crop_scale(members)),
+            ('Do dropout and augmentation together beat either?', _combination(known)),
+        ):
+            blocks += [('heading', f'{question} ({{}})', [dataset]), *answer]
+    return blocks
 
 
 NOT_ENOUGH = '**not enough runs to say**'
@@ -39,18 +54,16 @@ def verdict(left: Cell, right: Cell, metric: str = 'accuracy') -> str:
     return f'{shown}: {"better" if difference.value > 0 else "worse"}'
 
 
-def _without_partner(cell: Cell, what: str) -> str:
-    return f'* {_title(cell)}: no row {what} has the same settings, {NOT_ENOUGH}.'
+def _against(cell: Cell, other: Cell | None, name: str, missing: str) -> Block:
+    if other is None:
+        return 'item', f'{{}}: no row {missing} has the same settings, {NOT_ENOUGH}.', [cell.title]
+    return 'item', f'{{}}, against {name}: {verdict(cell, other)}.', [cell.title]
 
 
-def _title(cell: Cell) -> str:
-    return tables.escape_markdown(cell.title)
-
-
-def _experiments(cells: Sequence[Cell]) -> str:
+def _experiments(cells: Sequence[Cell]) -> list[Block]:
     """All of them, also those that did not help: train and validation accuracy at the best epoch, and test."""
     head = ['Experiment', 'Seeds', 'Train (%)', 'Validation (%)', 'Test (%)', 'Best epoch', 'Epochs run']
-    rows = []
+    rows = [head]
     for cell in cells:
         best = [run.history[run.result['best_epoch'] - 1] for run in cell.finished if run.result]
         rows.append(
@@ -63,30 +76,24 @@ def _experiments(cells: Sequence[Cell]) -> str:
                 ', '.join(str(run.result['epochs_run']) for run in cell.finished if run.result),
             ]
         )
-    return (
+    note = (
         'Train and validation are those of the best epoch; training accuracy is measured while training, with dropout '
-        'and on augmented images where the row has them.\n\n' + tables.markdown(head, rows) + '\n'
+        'and on augmented images where the row has them.'
     )
+    comparisons = [
+        _against(cell, _plain(cell, cells), 'none', 'without regularisation')
+        for cell in cells
+        if cell.regularization != 'none'
+    ]
+    finished = [run.result for cell in cells for run in cell.finished if run.result]
+    early = sum(result['stopped_early'] for result in finished)
+    ended = f'Early stopping ended {early} of {len(finished)} runs before their last epoch.'
+    return [('paragraph', note, []), ('table', rows, []), *comparisons, ('item', ended, [])]
 
 
 def _mean(accuracies: Sequence[float | None]) -> str:
     """In percent; there are runs without validation."""
     return tables.mean_and_deviation([each for each in accuracies if each is not None], tables.percent)
-
-
-def _against_none(cells: Sequence[Cell]) -> str:
-    lines = []
-    for cell in cells:
-        if cell.regularization == 'none':
-            continue
-        if plain := _plain(cell, cells):
-            lines.append(f'* {_title(cell)}, against none: {verdict(cell, plain)}.')
-        else:
-            lines.append(_without_partner(cell, 'without regularisation'))
-    early = [run for cell in cells for run in cell.finished if run.result and run.result['stopped_early']]
-    total = sum(len(cell.finished) for cell in cells)
-    lines.append(f'* Early stopping ended {len(early)} of {total} runs before their last epoch.')
-    return '\n'.join(lines) + '\n'
 
 
 def _plain(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
@@ -114,48 +121,52 @@ def crop_scale(cell: Cell) -> float:
     return cell.config.augment.random_resized_crop_scale[0]
 
 
-def _crop_scale(cells: Sequence[Cell]) -> str:
-    lines, series = [], crop_scales(cells)
+def _crop_scale(cells: Sequence[Cell]) -> list[Block]:
+    blocks: list[Block] = []
+    series = crop_scales(cells)
     for title, members in series:
         by_scale = ', '.join(f'{crop_scale(cell):g}: {_mean(cell.values("accuracy"))} %' for cell in members)
-        lines.append(f'* {title}; test accuracy by the lowest area of a crop: {by_scale}.')
+        blocks.append(('item', f'{{}}; test accuracy by the lowest area of a crop: {by_scale}.', [title]))
         strongest, *gentler = members
         for cell in gentler:
-            lines.append(f'  * From {crop_scale(strongest):g} to {crop_scale(cell):g}: {verdict(cell, strongest)}.')
+            compared = f'From {crop_scale(strongest):g} to {crop_scale(cell):g}: {verdict(cell, strongest)}.'
+            blocks.append(('nested', compared, []))
         plain = _plain(strongest, [cell for cell in cells if cell.finished])
         if plain:
             for cell in gentler:
-                lines.append(f'  * {crop_scale(cell):g} against no regularisation: {verdict(cell, plain)}.')
+                compared = f'{crop_scale(cell):g} against no regularisation: {verdict(cell, plain)}.'
+                blocks.append(('nested', compared, []))
     seen = {members[0].model for _, members in series}
     missing = [model for model in dict.fromkeys(cell.model for cell in cells) if model not in seen]
     if missing:
-        names = tables.escape_markdown(', '.join(map(results.model_title, missing)))
-        lines.append(
-            f'* {names}: no two rows differ in the lowest area of a crop alone, {NOT_ENOUGH}. '
+        text = (
+            f'{{}}: no two rows differ in the lowest area of a crop alone, {NOT_ENOUGH}. '
             f'`--vary {CROP_SCALE}_min=0.08,0.25,0.5,0.75` adds them.'
         )
-    return ''.join(f'{line}\n' for line in lines)
+        blocks.append(('item', text, [', '.join(map(results.model_title, missing))]))
+    return blocks
 
 
-def _combination(cells: Sequence[Cell]) -> str:
-    lines = []
+def _combination(cells: Sequence[Cell]) -> list[Block]:
+    blocks: list[Block] = []
     compared: set[int] = set()
     for cell in cells:
         if cell.regularization != 'dropout_augment':
             continue
         for other in ('dropout', 'augment'):
             single = next((c for c in cells if _is_part(c, cell, other)), None)
+            name = f'{REGULARIZATIONS[other]} alone'
+            blocks.append(_against(cell, single, name, f'with {name}'))
             if single:
-                lines.append(f'* {_title(cell)}, against {REGULARIZATIONS[other]} alone: {verdict(cell, single)}.')
                 compared |= {cell.config.num_epochs, single.config.num_epochs}
-            else:
-                lines.append(_without_partner(cell, f'with {REGULARIZATIONS[other]} alone'))
-    if not lines:
-        return f'No row has both: {NOT_ENOUGH}.\n'
+    if not blocks:
+        return [('paragraph', f'No row has both: {NOT_ENOUGH}.', [])]
     if compared:
         shown = ' or '.join(map(str, sorted(compared)))
-        lines.append(f'* The rows compared here may train for {shown} epochs; of more the runs say nothing.')
-    return '\n'.join(lines) + '\n'
+        blocks.append(
+            ('item', f'The rows compared here may train for {shown} epochs; of more the runs say nothing.', [])
+        )
+    return blocks
 
 
 def _is_part(single: Cell, both: Cell, regularization: str) -> bool:

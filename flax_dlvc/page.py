@@ -37,7 +37,7 @@ def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]
             per_class=lambda cell: [tables.percent(accuracy, 1) for accuracy in results.per_class(cell)],
             class_names=results.class_names,
             caption=tables.caption,
-            answers=_blocks(answers.to_answers(cells)),
+            answers=map(_shown, answers.to_blocks(cells)),
             figures=[(caption, _data_uri(workdir / 'figures' / f'{stem}.svg')) for stem, caption in drawn],
             runs=[run for cell in cells for run in cell.runs],
             num_finished=sum(len(cell.finished) for cell in cells),
@@ -80,21 +80,7 @@ def _data_uri(path: Path) -> str:
     return f'data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}'
 
 
-def _blocks(markdown: str) -> list[tuple[str, Any]]:
-    """The few kinds of line that `answers.to_answers` writes, for the template: headings, items, tables, paragraphs."""
-    blocks: list[tuple[str, Any]] = []
-    for line in markdown.splitlines()[1:]:
-        text = re.sub(r'(?<!\\)(\*\*|`)', '', line)
-        text = re.sub(r'\\([!-/:-@[-`{-~])', lambda match: match[1].replace('|', '\0'), text)
-        if line.startswith('## '):
-            blocks.append(('heading', text[3:]))
-        elif line.startswith(('* ', '  * ')):
-            blocks.append(('nested' if line.startswith(' ') else 'item', text.strip()[2:]))
-        elif line.startswith('|'):
-            if blocks[-1][0] != 'table':
-                blocks.append(('table', []))
-            if not line.startswith('| ---'):
-                blocks[-1][1].append([cell.strip().replace('\0', '|') for cell in text.strip('| ').split('|')])
-        elif line.strip():
-            blocks.append(('paragraph', text))
-    return blocks
+def _shown(block: answers.Block) -> tuple[str, Any]:
+    """A block for the template, which needs no Markdown: of the answers, two marks."""
+    kind, content, names = block
+    return kind, content if kind == 'table' else re.sub(r'\*\*|`', '', content).format(*names)

@@ -496,8 +496,23 @@ def test_nothing_in_a_name_is_markup():
     name = r'\a_b_ *c* `d` <e> |f [g](h) &amp; _i_'
     escaped = tables.escape_markdown(name)
     assert escaped == r'\\a_b\_ \*c\* \`d\` \<e\> \|f [g]\(h) \&amp; \_i\_'
-    (heading, text) = page._blocks(f'\n## {escaped}\n')[0]
-    assert (heading, text.replace('\0', '|')) == ('heading', name)
+
+
+def test_a_name_is_shown_as_it_is_in_both_renderings(tmp_path):
+    name = r'{0} \a_b_ *c* `d` <e> |f'
+    for lowest in (0.08, 0.5):
+        fields = {'augment.random_resized_crop_scale': (lowest, 1.0), 'dataset': name, 'splits.test': name}
+        write_run(tmp_path / f'cnn_augment,{lowest}' / 'seed_0', 'cnn_augment', 0, 0.7, **fields)
+    cells = study_cells(tmp_path)
+    text, escaped = answers.to_answers(cells), tables.escape_markdown(name)
+    shown = [page._shown(block) for block in answers.to_blocks(cells)]
+    crops = 'Does a gentler crop rescue augmentation?'
+    series = 'test accuracy by the lowest area of a crop: 0.08: 70.00 %, 0.5: 70.00 %.'
+    assert f'\n\n## {crops} ({escaped})\n\n* CNN, augmentation, test {escaped}; {series}\n  * From 0.08' in text
+    assert [('heading', f'{crops} ({name})'), ('item', f'CNN, augmentation, test {name}; {series}')] == shown[6:8]
+    assert f'| CNN, augmentation, test {escaped} | 1 |' in text
+    assert shown[2][1][1][:2] == [f'CNN, augmentation, test {name}', '1']
+    assert answers.NOT_ENOUGH in text and not any('**' in str(content) for _, content in shown)
 
 
 def test_pictures_of_runs_that_are_gone_go_too(finished_study, tmp_path):
