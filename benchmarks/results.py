@@ -69,14 +69,11 @@ def render(results: dict[str, Any]) -> str:
         'saving': ('What saving costs', _saving),
         'scaling': ('Several devices', _scaling),
     }
-    measured = []
     for part, (title, table) in parts.items():
         if cases := results.get(part):
-            lines += ['', f'## {title}', '', *table(cases)]
-            measured += [entry['machine'] for entry in cases.values()]
-    lines += ['', '## Machine', '']
-    for key in ('date', 'processor', 'versions'):
-        lines.append(f'* {key}: {"; ".join(sorted({each[key] for each in measured}))}')
+            machines = [entry['machine'] for entry in cases.values()]
+            taken = sorted({f'* {each["date"]}, {each["processor"]}; {each["versions"]}' for each in machines})
+            lines += ['', f'## {title}', '', *table(cases), '', 'Taken on', '', *taken]
     return '\n'.join(lines) + '\n'
 
 
