@@ -225,8 +225,7 @@ class Checkpoints:
             if damaged:
                 barrier(f'set aside above {step}')
                 self._manager.reload()
-            if is_main():
-                self._tell_versions(step)
+            self._tell_versions(step)
             known = {step: self._progress_if_whole(step) for step in self.steps}
             self._policy.best_steps = {step: progress.best_step for step, progress in known.items() if progress}
             return restored
@@ -246,7 +245,7 @@ class Checkpoints:
             for name, version in versions().items()
             if saved_by.get(name) != version
         ]
-        if changed:
+        if changed and is_main():
             print(
                 f'warning: since step {step} {", ".join(changed)}; the digits may change from here on', file=sys.stderr
             )

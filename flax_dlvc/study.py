@@ -180,7 +180,7 @@ def _start(planned: Planned, own: dict[str, str], complaints: Path) -> 'subproce
 def _why(exit_code: int, complaints: str) -> str:
     """Why a process failed, by the last line on its stderr; '' where it did not."""
     if exit_code < 0:
-        return f'ended by {signal.Signals(-exit_code).name}'
+        return f'ended by a signal: {signal.strsignal(-exit_code)}'
     last_line = (complaints.strip().splitlines() or [f'exit code {exit_code}'])[-1]
     return last_line.removeprefix('error: ') if exit_code else ''
 

@@ -197,7 +197,7 @@ def test_more_epochs_are_given_to_all_rows_or_to_none(tmp_path):
     ('script', 'reason'),
     [
         ('import jax; jax.jit(lambda x: x.foo)(1)', 'AttributeError: .* no attribute foo'),
-        ('import os; os.write(2, b"a warning\\n"); os.kill(os.getpid(), 9)', 'ended by SIGKILL'),
+        ('import os; os.write(2, b"a warning\\n"); os.kill(os.getpid(), 9)', 'ended by a signal: Killed'),
         ('raise SystemExit(7)', 'exit code 7'),
     ],
 )
