@@ -62,8 +62,7 @@ def _against(cell: Cell, other: Cell | None, name: str, missing: str) -> Block:
 
 def _experiments(cells: Sequence[Cell]) -> list[Block]:
     """All of them, also those that did not help: train and validation accuracy at the best epoch, and test."""
-    head = ['Experiment', 'Seeds', 'Train (%)', 'Validation (%)', 'Test (%)', 'Best epoch', 'Epochs run']
-    rows = [head]
+    rows = [['Experiment', 'Seeds', 'Train (%)', 'Validation (%)', 'Test (%)', 'Best epoch', 'Epochs run']]
     for cell in cells:
         best = [run.history[run.result['best_epoch'] - 1] for run in cell.finished if run.result]
         rows.append(

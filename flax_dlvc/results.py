@@ -50,7 +50,7 @@ REPORT = {
 }
 CROP_SCALE = 'augment.random_resized_crop_scale'
 OF_CROPS = (CROP_SCALE, 'augment.random_resized_crop_ratio')  # they mean nothing where nothing is cropped
-TECHNIQUES = {
+TECHNIQUES = {  # the fields in which a row with one of them differs from a row without
     'dropout': ('dropout_rate',),
     'augment': ('augment.random_resized_crop', *OF_CROPS, 'augment.random_mirror'),
 }
