@@ -115,7 +115,7 @@ def _short_title(cell: Cell, seeds: int) -> str:
     title = results.REGULARIZATIONS[cell.regularization].replace(' and ', '\nand ')
     for field, (ours, _) in cell.settings.items():
         if field != 'num_epochs':
-            title += f'\n{field.split(".")[-1]} {results.plain(ours)}'
+            title += f'\n{results.short(field)} {results.plain(ours)}'
     return f'{title}\n{seeds} seed{"s" * (seeds != 1)}, {cell.config.num_epochs} epochs at most'
 
 
