@@ -111,7 +111,16 @@ def _is_range(value: Sequence[float]) -> bool:
 _PROBABILITY: Rule = lambda value: 0 <= value < 1, 'must be in [0, 1)'
 _POSITIVE: Rule = lambda value: 0 < value < math.inf, 'must be positive and finite'
 
-MODEL_NAMES = ('cnn', 'resnet18', 'vit', 'airbench')
+# The models, each with the fields of `config.model` that it takes.
+MODEL_FIELDS: dict[str, tuple[str, ...]] = {
+    'cnn': (),
+    'resnet18': ('stem',),
+    'vit': (
+        'embed_dim', 'hidden_dim', 'num_heads', 'num_layers', 'patch_size', 'patch_stem', 'stochastic_depth_rate',
+    ),
+    'airbench': ('widths', 'depth'),
+}  # fmt: skip
+CROP_FIELDS = ('augment.random_resized_crop_scale', 'augment.random_resized_crop_ratio')
 
 _RULES: dict[str, Rule] = {
     # Names the run directory, unless --workdir does.
@@ -120,7 +129,7 @@ _RULES: dict[str, Rule] = {
     'batch_size': _at_least(1),
     'accumulate_steps': _at_least(1),
     'evaluation_batch_size': _at_least(1),
-    'model.name': _one_of(*MODEL_NAMES),
+    'model.name': _one_of(*MODEL_FIELDS),
     'model.stem': _one_of('imagenet', 'cifar'),
     'model.embed_dim': _at_least(1),
     'model.hidden_dim': _at_least(1),
@@ -274,6 +283,16 @@ EXECUTION_FIELDS = (
 
 # Schedules in which no epoch depends on how many there are to be: a longer run begins with the shorter one.
 OPEN_ENDED_SCHEDULES = ('constant', 'exponential')
+
+
+def without_effect(config: ConfigDict) -> set[str]:
+    """The fields that change nothing in a run: those of other models, and of what is switched off."""
+    fields = {f'model.{field}' for field in set(config.model) - {'name', *MODEL_FIELDS[config.model.name]}}
+    if not config.augment.random_resized_crop:
+        fields.update(CROP_FIELDS)
+    if config.schedule.name == 'one_cycle':
+        fields.add('schedule.warmup_epochs')
+    return fields
 
 
 def differing_fields(left: ConfigDict, right: ConfigDict) -> list[str]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import configs
 from configs import default
 from flax_dlvc import results
-from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line, validate
+from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line, validate, without_effect
 from flax_dlvc.errors import ConfigError
 
 WRITABLE = str.maketrans('[]', '()')  # with brackets in a directory's name `rundir.check` would refuse it
@@ -77,7 +77,7 @@ def plan(
         for point in itertools.product(*axes):
             config = _config_at(name, overrides, point)
             # What changes nothing makes no other row, and a row without dropout stays one.
-            kept = results.without_effect(config) | ({'dropout_rate'} if 'dropout' not in regularization else set())
+            kept = without_effect(config) | ({'dropout_rate'} if 'dropout' not in regularization else set())
             config.update_from_flattened_dict({field: flatten(base)[field] for field in kept})
             validate(config)
             ours, theirs = (flatten(each) | _ends(each) for each in (config, base))

@@ -15,8 +15,10 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from configs import default
 from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
+from flax_dlvc.config import differing_fields, without_effect
 from flax_dlvc.errors import STOP_SIGNALS, ConfigError, DivergedError, StoppedError
 from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
@@ -295,6 +297,8 @@ def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Pro
         f'({len(dataset.train):,} train, {len(dataset.validation):,} validation, {len(dataset.test):,} test), '
         f'seed {config.seed}, {describe_devices(devices)}, in {workdir}'
     )
+    if idle := without_effect(config) & set(differing_fields(config, default.get_config())):
+        display.print(f'without effect here: {", ".join(sorted(idle))}')
     if step > 0:
         display.print(f'going on after step {step}, {len(progress.history)} epochs finished')
 

@@ -16,19 +16,12 @@ from ml_collections import ConfigDict
 
 from configs import default
 from flax_dlvc import rundir
-from flax_dlvc.config import PARTITION_FIELDS, differing_fields, flatten
+from flax_dlvc.config import CROP_FIELDS, PARTITION_FIELDS, differing_fields, flatten, without_effect
 from flax_dlvc.errors import ConfigError
 
 T = TypeVar('T')
 
 MODELS = {'resnet18': 'ResNet18', 'cnn': 'CNN', 'vit': 'ViT'}
-MODEL_FIELDS = {  # those of config.model that each of them takes
-    'resnet18': ('stem',),
-    'cnn': (),
-    'vit': (
-        'embed_dim', 'hidden_dim', 'num_heads', 'num_layers', 'patch_size', 'patch_stem', 'stochastic_depth_rate',
-    ),
-}  # fmt: skip
 REGULARIZATIONS = {
     'none': 'none',
     'dropout': 'dropout',
@@ -49,10 +42,9 @@ REPORT = {
     ('vit', 'augment'): (0.561, 1.34),
 }
 CROP_SCALE = 'augment.random_resized_crop_scale'
-OF_CROPS = (CROP_SCALE, 'augment.random_resized_crop_ratio')  # they mean nothing where nothing is cropped
 TECHNIQUES = {  # the fields in which a row with one of them differs from a row without
     'dropout': ('dropout_rate',),
-    'augment': ('augment.random_resized_crop', *OF_CROPS, 'augment.random_mirror'),
+    'augment': ('augment.random_resized_crop', *CROP_FIELDS, 'augment.random_mirror'),
 }
 
 
@@ -309,13 +301,6 @@ def differ_only_in(fields: Collection[str], left: ConfigDict, right: ConfigDict)
     """Whether two runs differ in none but these fields; their names and seeds, and what changes neither, aside."""
     aside = {'name', 'seed'} | without_effect(left) & without_effect(right)
     return set(differing_fields(left, right)) - aside <= set(fields)
-
-
-def without_effect(config: ConfigDict) -> set[str]:
-    """The fields that change nothing in a run: those of crops where nothing is cropped, those of other models."""
-    of_others = set(config.model) - {'name', *MODEL_FIELDS.get(config.model.name, config.model)}
-    fields = {f'model.{field}' for field in of_others}
-    return fields if config.augment.random_resized_crop else fields.union(OF_CROPS)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:

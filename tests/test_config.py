@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import re
@@ -9,7 +10,16 @@ from ml_collections import ConfigDict
 
 import configs
 from configs import default
-from flax_dlvc.config import differing_fields, flatten, from_json, parse_command_line, to_json, validate
+from flax_dlvc.config import (
+    MODEL_FIELDS,
+    differing_fields,
+    flatten,
+    from_json,
+    parse_command_line,
+    to_json,
+    validate,
+    without_effect,
+)
 from flax_dlvc.errors import ConfigError
 
 CONFIG_FILES = sorted(
@@ -400,6 +410,23 @@ def test_refused_config_file(parse, tmp_path, text, match):
     path = tmp_path / 'broken.py'
     path.write_text(text)
     refused(match, parse, '--config', path)
+
+
+def test_fields_of_other_models_and_of_what_is_off_have_no_effect():
+    config = with_field('model.name', 'resnet18')
+    crops = {'augment.random_resized_crop_scale', 'augment.random_resized_crop_ratio'}
+    assert without_effect(config) == {f'model.{field}' for field in config.model} - {'model.name', 'model.stem'} | crops
+    config.augment.random_resized_crop = True
+    config.schedule.name = 'one_cycle'
+    assert without_effect(config) & (crops | {'schedule.warmup_epochs'}) == {'schedule.warmup_epochs'}
+
+
+def test_the_fields_of_each_model_are_those_that_it_takes():
+    from flax_dlvc.models import MODELS
+
+    options = set(default.get_config().model) - {'name'}
+    taken = {name: options & inspect.signature(model).parameters.keys() for name, model in MODELS.items()}
+    assert taken == {name: set(fields) for name, fields in MODEL_FIELDS.items()}
 
 
 def test_differing_fields():

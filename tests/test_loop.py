@@ -232,8 +232,9 @@ def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(s
     assert (workdir / 'curves.png').exists()
 
 
-def test_a_run_that_diverges_with_its_last_step_and_has_no_validation_has_diverged(small_config, tmp_path):
+def test_a_run_that_diverges_with_its_last_step_and_has_no_validation_has_diverged(small_config, tmp_path, capsys):
     """Its training loss is that of before the step."""
+    small_config.model.stem = 'cifar'
     small_config.splits.validation = ''
     small_config.early_stopping.patience = 0
     small_config.batch_size = 256  # one step
@@ -241,6 +242,7 @@ def test_a_run_that_diverges_with_its_last_step_and_has_no_validation_has_diverg
     small_config.learning_rate = 1e10
     with pytest.raises(DivergedError, match=r'the test loss is (nan|inf) at step 1 .* of step 1 is kept'):
         loop.run(small_config, tmp_path)
+    assert '\nwithout effect here: model.stem\n' in capsys.readouterr().out
     assert not (tmp_path / 'result.json').exists()
 
 

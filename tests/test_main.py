@@ -37,7 +37,7 @@ def test_a_run_says_what_it_is_and_ends_with_score_and_picture(whole_run):
     accuracy = json.loads((workdir / 'result.json').read_text())['test']['accuracy']
     assert f'accuracy {accuracy:.4f}' in lines[-2]
     assert lines[-1] == f'curves: {workdir / "curves.png"}'
-    assert done.stderr == ''
+    assert done.stderr == '' and 'without effect' not in done.stdout
 
 
 def test_the_quickstart_knows_digits(tmp_path, command):

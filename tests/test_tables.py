@@ -2,7 +2,6 @@
 
 import csv
 import html
-import inspect
 import json
 import re
 import shlex
@@ -383,11 +382,7 @@ def test_a_config_file_of_ones_own_is_of_the_series_that_it_fits(tmp_path):
 
 
 def test_a_row_shows_no_field_that_its_model_does_not_take(tmp_path):
-    from flax_dlvc import models
-
-    options = set(results.base_config('cnn').model) - {'name'}
-    for name, fields in results.MODEL_FIELDS.items():
-        assert set(fields) == options & set(inspect.signature(models.MODELS[name]).parameters)
+    for name in results.MODELS:
         write_run(tmp_path / name / 'seed_0', name, 0, 0.7, **{'model.num_layers': 4})
     titles = ['ResNet18, none', 'CNN, none', 'ViT, none, num_layers 4']
     assert [cell.title for cell in study_cells(tmp_path)] == titles
