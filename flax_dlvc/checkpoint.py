@@ -155,9 +155,9 @@ class Checkpoints:
     def _renew(self, step: int, state: TrainState, progress: Progress) -> None:
         """Writes the progress of a saved step anew, where it has an epoch more."""
         self.wait()
-        known = self._progress_if_whole(step)
+        known = self._content_if_whole(step)
         # All processes agree on the number of epochs; the speeds in their histories differ.
-        if known is not None and len(known.history) == len(progress.history):
+        if known and len(known['progress']['history']) == len(progress.history):
             return
         content = _content(state, progress)
         if is_main():
@@ -225,9 +225,11 @@ class Checkpoints:
             if damaged:
                 barrier(f'set aside above {step}')
                 self._manager.reload()
-            self._tell_versions(step)
-            known = {step: self._progress_if_whole(step) for step in self.steps}
-            self._policy.best_steps = {step: progress.best_step for step, progress in known.items() if progress}
+            contents = {step: self._content_if_whole(step) for step in self.steps}
+            self._policy.best_steps = {
+                s: content['progress']['best_step'] for s, content in contents.items() if content
+            }
+            _tell_versions(step, contents[step]['versions'])
             return restored
         if damaged:
             newest, damage = damaged[0]
@@ -236,19 +238,6 @@ class Checkpoints:
                 'remove the run directory to start anew'
             )
         return None
-
-    def _tell_versions(self, step: int) -> None:
-        """Says where other versions go on than have saved a step: they may round in another way."""
-        saved_by = self._read_content(step)['versions']
-        changed = [
-            f'{name} {saved_by.get(name)} is now {version}'
-            for name, version in versions().items()
-            if saved_by.get(name) != version
-        ]
-        if changed and is_main():
-            print(
-                f'warning: since step {step} {", ".join(changed)}; the digits may change from here on', file=sys.stderr
-            )
 
     def _check_best(self, best: int | None, newest: int, like: TrainState) -> None:
         """Else a run would train to its end, and only then miss what it is to test."""
@@ -275,7 +264,7 @@ class Checkpoints:
             return steps[-1]
         if which == 'best':
             try:
-                best = self._read_progress(steps[-1]).best_step
+                best = _progress(self._read_content(steps[-1])).best_step
             except DamagedError as error:
                 raise ConfigError(
                     f'{self.directory}: the checkpoint of step {steps[-1]} {error}; '
@@ -321,14 +310,11 @@ class Checkpoints:
             raise DamagedError('is damaged (its progress is not what was saved)')
         return content
 
-    def _read_progress(self, step: int) -> Progress:
-        return _progress(self._read_content(step))
-
-    def _progress_if_whole(self, step: int) -> Progress | None:
+    def _content_if_whole(self, step: int) -> dict[str, Any]:
         try:
-            return self._read_progress(step)
+            return self._read_content(step)
         except DamagedError:
-            return None
+            return {}
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / 'damaged' / str(step)
@@ -412,6 +398,17 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         own = ''
     return {'flax_dlvc': own} | found | {'python': '.'.join(map(str, sys.version_info[:3]))}
+
+
+def _tell_versions(step: int, saved_by: dict[str, str]) -> None:
+    """Says where other versions go on than have saved a step: they may round in another way."""
+    changed = [
+        f'{name} {saved_by.get(name)} is now {version}'
+        for name, version in versions().items()
+        if saved_by.get(name) != version
+    ]
+    if changed and is_main():
+        print(f'warning: since step {step} {", ".join(changed)}; the digits may change from here on', file=sys.stderr)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -83,6 +83,17 @@ def without_examples(description: dict[str, Any]) -> Dataset:
     return Dataset(description['name'], tuple(description['class_names']), mean, std, **splits)
 
 
+def is_same(description: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
+    """Whether two of `Dataset.describe` tell of the same data, moments to a relative tolerance.
+
+    Runs of earlier versions have mean and deviation as their machine rounded.
+    """
+    pairs = zip(*(each['mean'] + each['std'] for each in (description, other)), strict=False)
+    return all(math.isclose(a, b, rel_tol=tolerance) for a, b in pairs) and all(
+        description[key] == other[key] for key in description if key not in ('mean', 'std')
+    )
+
+
 @timed('data')
 def load(config: ConfigDict) -> Dataset:
     """Loads the dataset that a config names; CIFAR-10 and CIFAR-100 are prepared first where they are not yet.

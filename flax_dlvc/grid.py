@@ -74,14 +74,15 @@ def plan(
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
         base = _config_at(name, overrides, ())
+        usual = flatten(base) | _ends(base)
         for point in itertools.product(*axes):
             config = _config_at(name, overrides, point)
             # What changes nothing makes no other row, and a row without dropout stays one.
             kept = without_effect(config) | ({'dropout_rate'} if 'dropout' not in regularization else set())
-            config.update_from_flattened_dict({field: flatten(base)[field] for field in kept})
+            config.update_from_flattened_dict({field: usual[field] for field in kept})
             validate(config)
-            ours, theirs = (flatten(each) | _ends(each) for each in (config, base))
-            labels = [f'{field}={value}' for field, value in point if ours[field] != theirs[field]]
+            fields = flatten(config) | _ends(config)
+            labels = [f'{field}={value}' for field, value in point if fields[field] != usual[field]]
             cells.setdefault(','.join([name, *labels]).translate(WRITABLE), config)
     grid = []
     for cell, config in cells.items():
@@ -118,11 +119,13 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
 
 def _config_at(name: str, overrides: Sequence[str], point: Sequence[tuple[str, str]]) -> ConfigDict:
     """A config file's config with overrides and the fields of a point; not checked, as it takes all of its fields."""
-    ends = [(field, value) for field, value in point if field in _ends(default.get_config())]
-    flags = [f'--config.{field}={value}' for field, value in point if (field, value) not in ends]
+    known = flatten(default.get_config())
+    flags = [f'--config.{field}={value}' for field, value in point if field in known]
     argv = ['study', f'--config={_config_file(name)}', *overrides, *flags]
     config = parse_command_line(argv, lambda _: None, check=False).config
-    for field, value in ends:
+    for field, value in point:
+        if field in known:
+            continue
         stem, _, end = field.rpartition('_')
         pair = flatten(config)[stem]
         try:

@@ -76,7 +76,7 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
             if distributed.is_main():
                 rundir.write_failure(workdir, str(error), error.exit_code)
                 if history := rundir.read_history(workdir):
-                    draw_curves(config, workdir, history)
+                    plot_curves(config, history, workdir / 'curves.png')
             raise
         if distributed.is_main():
             rundir.write_result(workdir, result)
@@ -204,7 +204,7 @@ def train(
     best_epoch = progress.stopping.best_epoch
     if distributed.is_main():
         rundir.write_evaluation(workdir, 'test', evaluation)
-        draw_curves(config, workdir, progress.history, best_epoch, stopped_early)
+        plot_curves(config, progress.history, workdir / 'curves.png', best_epoch, stopped_early)
         tensorboard.end(epochs_run, test, predictions)
     del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     return {
@@ -267,23 +267,6 @@ class Clock:
             self._step, self._time = step, now
             self._agree = distributed.Agreement(f'save after {step}')
         return due
-
-
-def draw_curves(
-    config: ConfigDict,
-    workdir: Path,
-    history: Sequence[dict[str, Any]],
-    best_epoch: int | None = None,
-    stopped_early: bool = False,
-) -> None:
-    """Draws curves.png."""
-    plot_curves(
-        history,
-        title=f'{config.name} on {config.dataset}',
-        best_epoch=best_epoch,
-        stopped_early=stopped_early,
-        path=workdir / 'curves.png',
-    )
 
 
 def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Progress, display: Display) -> None:

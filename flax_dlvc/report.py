@@ -218,14 +218,18 @@ def _image(tag: str, picture: Any) -> Any:
 
 @timed('logging')
 def plot_curves(
-    history: Sequence[dict[str, Any]], *, title: str, best_epoch: int | None, stopped_early: bool, path: Path
+    config: ConfigDict,
+    history: Sequence[dict[str, Any]],
+    path: Path,
+    best_epoch: int | None = None,
+    stopped_early: bool = False,
 ) -> None:
     """Draws loss and accuracy per epoch, train and validation, with the best and the stopping epoch marked."""
     from matplotlib.figure import Figure
 
     epochs = [record['epoch'] for record in history]
     figure = Figure(figsize=(10, 4), layout='constrained')
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(f'{config.name} on {config.dataset}', parse_math=False)
     for axes, quantity, label in zip(
         figure.subplots(1, 2), ('loss', 'accuracy'), ('cross-entropy (nats)', 'accuracy'), strict=True
     ):

@@ -8,7 +8,7 @@ import importlib
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from configs import default
 from flax_dlvc import rundir
 from flax_dlvc.config import CROP_FIELDS, PARTITION_FIELDS, differing_fields, flatten, without_effect
+from flax_dlvc.data import is_same
 from flax_dlvc.errors import ConfigError
 
 T = TypeVar('T')
@@ -212,6 +213,7 @@ def plain(value: Any) -> str:
     return '-'.join(f'{item:g}' for item in value) if isinstance(value, tuple) else str(value) or "''"
 
 
+@cache
 def short(field: str) -> str:
     """The end of a dotted field's name that no other field has."""
     fields, parts = flatten(default.get_config()), field.split('.')
@@ -358,7 +360,9 @@ def datasets(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         others = [('classes', run, finished[0]) for run in finished if _have_other_classes(run, finished[0])]
         described = [run for run in finished if run.data]
         for alike in partition(described, lambda run, other: run.config.splits == other.config.splits):
-            others += [('images', run, alike[0]) for run in alike if _images(run) != _images(alike[0])]
+            others += [
+                ('images', run, alike[0]) for run in alike if not is_same(run.data, alike[0].data, tolerance=1e-6)
+            ]
         if others:
             what, run, other = others[0]
             raise ConfigError(
@@ -366,12 +370,6 @@ def datasets(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
                 'a study has one dataset: start another one for the changed data'
             )
     return by_name
-
-
-def _images(run: Run) -> tuple[Any, ...]:
-    """What dataset.json says of the images; in the last digits of a mean machines may differ."""
-    moments = [round(value, 6) for value in run.data['mean'] + run.data['std']]
-    return run.data['image_shape'], run.data['num_examples'], moments
 
 
 def _have_other_classes(run: Run, other: Run) -> bool:

@@ -6,7 +6,6 @@ Each is written whole to a temporary file that then takes its name, so a reader 
 import contextlib
 import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -145,13 +144,7 @@ def check_dataset(workdir: Path, dataset: data.Dataset) -> None:
     Raises:
         ConfigError: it has changed since, or dataset.json is missing or damaged.
     """
-    said, found = read_dataset(workdir).describe(), dataset.describe()
-    for key in ('mean', 'std'):  # runs of earlier versions have them as their machine rounded
-        said[key] = [
-            there if math.isclose(here, there, rel_tol=1e-12) else here
-            for here, there in zip(said[key], found[key], strict=False)
-        ]
-    if said != found:
+    if not data.is_same(read_dataset(workdir).describe(), dataset.describe(), tolerance=1e-12):
         path = workdir / 'dataset.json'
         raise ConfigError(
             f'{dataset.name} is not what {path} says of it any more; bring back what the run began with, '

@@ -1,7 +1,9 @@
 """Whole runs on a fifth of the digits, in this process."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -11,9 +13,9 @@ from conftest import SMALL_RUN, check_same_run, read_events, read_history, resto
 from flax_dlvc import loop, pictures, rundir, transfer
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.data import load
-from flax_dlvc.errors import ConfigError, DivergedError
+from flax_dlvc.errors import ConfigError, DivergedError, StoppedError
 from flax_dlvc.evaluate import evaluate_checkpoint
-from flax_dlvc.setup import set_up
+from flax_dlvc.setup import Setup, set_up
 
 
 @pytest.fixture
@@ -308,12 +310,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(random_config, t
 
 def test_a_run_that_is_stopped_in_mid_epoch_ends_with_the_same_bits(random_config, tmp_path, monkeypatch):
     """The batch statistics of a ResNet would only make it slower."""
-    import os
-    import signal
-
-    from flax_dlvc.errors import StoppedError
-    from flax_dlvc.setup import Setup
-
     random_config.num_epochs = 2
     loop.run(random_config, tmp_path / 'whole')
 
@@ -393,10 +389,6 @@ def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, t
 
 def test_a_signal_is_obeyed_where_the_state_cannot_be_saved(small_config, tmp_path, monkeypatch):
     """The next step would have shown that the run diverges, and let it rewind."""
-    import os
-    import signal
-
-    from flax_dlvc.errors import StoppedError
 
     def not_finite(*_):
         raise FloatingPointError

@@ -117,10 +117,10 @@ def test_an_event_file_that_cannot_be_written_is_a_storage_error(tmp_path, board
 
 
 @pytest.mark.parametrize('epochs', [1, 12])
-def test_curves_are_a_picture(tmp_path, epochs):
+def test_curves_are_a_picture(tmp_path, small_config, epochs):
     path = tmp_path / 'curves.png'
     history = [make_record(epoch) for epoch in range(1, epochs + 1)]
-    plot_curves(history, title='cnn on digits', best_epoch=1, stopped_early=True, path=path)
+    plot_curves(small_config, history, path, best_epoch=1, stopped_early=True)
     with Image.open(path) as image:
         assert image.size == (1500, 600)
         assert len(image.convert('L').getcolors(256)) > 20  # lines and text, not an empty page
