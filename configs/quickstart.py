@@ -2,8 +2,8 @@
 
 python -m flax_dlvc.main --config configs/quickstart.py
 
-On an Intel Xeon, seed 0: stops after epoch 13 of 30; best epoch 8: 0.987 test accuracy, 0.071 nats; half a minute on
-two cores.
+On an AMD EPYC, seed 0: stops after epoch 24 of 30; best epoch 19: 0.983 test accuracy, 0.036 nats; 49 s on two cores
+that had other work as well.
 """
 
 from ml_collections import ConfigDict
@@ -14,4 +14,5 @@ from configs import cnn_dropout
 def get_config() -> ConfigDict:
     config = cnn_dropout.get_config()
     config.dataset = 'digits'
+    config.early_stopping.metric = 'validation_loss'  # of 300 images many epochs have the same accuracy
     return config

@@ -131,7 +131,7 @@ class Checkpoints:
         """Saves asynchronously; the state may be freed as soon as this returns.
 
         A step that is saved already stays as it is, as the same step always has the same state. Where an epoch has
-        ended since, the run was stopped in the validation of that epoch, and the progress alone is written anew.
+        ended since (the run was stopped in its validation) or the run was rewound, the progress alone is written anew.
 
         Raises:
             StorageError: this save or the one before failed.
@@ -153,12 +153,14 @@ class Checkpoints:
             raise self._storage_error(error) from error
 
     def _renew(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Writes the progress of a saved step anew, where it has an epoch more."""
+        """Writes the progress of a saved step anew, where it has an epoch or a rewind more."""
         self.wait()
         known = self._content_if_whole(step)
-        # All processes agree on the number of epochs; the speeds in their histories differ.
-        if known and len(known['progress']['history']) == len(progress.history):
-            return
+        # All processes agree on these numbers; the speeds in their histories differ.
+        if known:
+            before = _progress(known)
+            if (len(before.history), before.rewinds) == (len(progress.history), progress.rewinds):
+                return
         content = _content(state, progress)
         if is_main():
             write_text(self.directory / str(step) / 'progress' / PROGRESS_FILE, json.dumps(content))

@@ -250,6 +250,8 @@ def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
 def _open(name: str) -> '_Digits | Folder | _Tfds':
     if name == 'digits':
         return _Digits()
+    if name == 'folder:':  # of an empty shell variable; the current directory is folder:.
+        raise ConfigError("dataset 'folder:' names no folder; set --config.dataset=folder:PATH")
     if name.startswith('folder:'):
         return Folder(Path(name.removeprefix('folder:')))
     return _Tfds(name)

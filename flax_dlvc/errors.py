@@ -95,7 +95,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         sys.stdout.flush()
         _let_signals_end_the_process()
         sys.exit(0)
-    except (CommandError, KeyboardInterrupt, OSError) as error:
+    except (CommandError, KeyboardInterrupt, OSError, RuntimeError) as error:
         end = ending(error)
         if end is None:
             raise
@@ -120,6 +120,11 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         problem = f'cannot write {error.filename or "output"}: {error.strerror}'
         return StorageError.exit_code, f'{problem}; free space and start again'
+    if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):  # XLA's, which is not imported here
+        return 1, (
+            'the device is out of memory; set a smaller --config.batch_size or --config.evaluation_batch_size, or a '
+            'larger --config.accumulate_steps'
+        )
     return None
 
 

@@ -67,23 +67,29 @@ def plan(
         vary: 'FIELD=V1,V2,…': an axis each. FIELD_min and FIELD_max are the ends of a (lowest, highest) field.
 
     Raises:
-        ConfigError: a name, field or value is wrong.
+        ConfigError: a name, field or value is wrong, or an axis changes no row.
     """
     axes = [[(field, value) for value in values] for field, values in map(_parse_axis, vary)]
     cells: dict[str, ConfigDict] = {}
+    changed, ignored = set(), set()  # fields that some row differs by, and that some row does not take
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
         base = _config_at(name, overrides, ())
         usual = flatten(base) | _ends(base)
         for point in itertools.product(*axes):
             config = _config_at(name, overrides, point)
+            asked = flatten(config) | _ends(config)
             # What changes nothing makes no other row, and a row without dropout stays one.
             kept = without_effect(config) | ({'dropout_rate'} if 'dropout' not in regularization else set())
             config.update_from_flattened_dict({field: usual[field] for field in kept})
             validate(config)
             fields = flatten(config) | _ends(config)
             labels = [f'{field}={value}' for field, value in point if fields[field] != usual[field]]
+            changed |= {field for field, _ in point if fields[field] != usual[field]}
+            ignored |= {field for field, _ in point if fields[field] != asked[field]}
             cells.setdefault(','.join([name, *labels]).translate(WRITABLE), config)
+    if idle := sorted(ignored - changed):
+        raise ConfigError(f'--vary {", ".join(idle)} changes none of the rows; see --models and --regularizations')
     grid = []
     for cell, config in cells.items():
         for seed in range(seeds):

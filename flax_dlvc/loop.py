@@ -104,6 +104,11 @@ def train_and_rewind(
     rewinds = 0
     while True:
         state, progress = restore_or_start(setup, checkpoints, tensorboard, display)
+        if progress.best_step == 0:  # which only `transfer.save_as_run` writes
+            raise ConfigError(
+                f'{workdir} holds imported weights, not a run; to train from them, set --config.init_from={workdir} '
+                'and another --workdir'
+            )
         if config.num_epochs < len(progress.history):
             raise ConfigError(
                 f'{workdir} has {len(progress.history)} epochs behind it; set --config.num_epochs to as many or more'
@@ -120,7 +125,13 @@ def train_and_rewind(
             return train(slower, state, progress, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:
             if config.on_divergence == 'stop' or rewinds >= config.max_rewinds:
-                raise
+                further = (
+                    '--config.on_divergence=rewind' if config.on_divergence == 'stop' else 'more --config.max_rewinds'
+                )
+                raise DivergedError(
+                    f'{error}; go on with {further}, or in another --workdir with a lower --config.learning_rate or a '
+                    '--config.optimizer.gradient_clip_norm'
+                ) from error
             rewinds += 1
             display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {error}')
 
@@ -334,11 +345,7 @@ def diverged(what: str, step: int, setup: Setup, checkpoints: Checkpoints) -> Di
     saved = checkpoints.latest_step
     kept = 'no checkpoint was saved yet' if saved is None else f'the checkpoint of step {saved} is kept'
     rate = float(setup.schedule(step - 1))
-    further = 'more --config.max_rewinds' if setup.config.on_divergence == 'rewind' else '--config.on_divergence=rewind'
-    return DivergedError(
-        f'{what} at step {step} with learning rate {rate:.3g}; {kept}; go on with {further}, or in another --workdir '
-        'with a lower --config.learning_rate or a --config.optimizer.gradient_clip_norm'
-    )
+    return DivergedError(f'{what} at step {step} with learning rate {rate:.3g}; {kept}')
 
 
 class Monitor:

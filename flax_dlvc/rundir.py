@@ -114,14 +114,18 @@ def create(workdir: Path, config: ConfigDict) -> None:
 
 
 def adopt(workdir: Path, config: ConfigDict) -> None:
-    """Has a run that `check` let have another number of epochs be that run.
+    """Has a run that `check` let have another number of epochs, or be carried out otherwise, be that run.
 
-    A result goes, as the run goes on, unless early stopping made it: that is the longer run's as well.
+    A result goes, as the run goes on, unless early stopping made it: that is the longer run's as well. A run that stays
+    finished keeps the other fields that it was carried out with.
     """
-    if config.num_epochs != read_config(workdir).num_epochs:
-        result = read_result(workdir)
-        if result and not result['stopped_early']:
-            _remove(workdir / 'result.json')  # first: with the new config it would end the run
+    stored, result = read_config(workdir), read_result(workdir)
+    if result and (result['stopped_early'] or config.num_epochs == stored.num_epochs):
+        num_epochs, config = config.num_epochs, stored.copy_and_resolve_references()
+        config.num_epochs = num_epochs
+    elif result:
+        _remove(workdir / 'result.json')  # first: with the new config it would end the run
+    if config_module.flatten(config) != config_module.flatten(stored):
         write_text(workdir / 'config.json', config_module.to_json(config))
 
 

@@ -138,6 +138,9 @@ def test_an_epoch_that_ends_after_its_state_was_saved_is_noted_in_place(tmp_path
     restored, progress = restore(tmp_path, 10)
     assert progress == make_progress(1, 1)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+    with Checkpoints(tmp_path) as checkpoints:  # as when a run that was rewound is stopped before its next step
+        checkpoints.save(state, dataclasses.replace(progress, rewinds=2))
+    assert restore(tmp_path, 10)[1].rewinds == 2
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):

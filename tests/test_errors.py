@@ -31,6 +31,17 @@ def test_ending(error, end):
 
 
 @pytest.mark.usefixtures('commands_here')
+def test_a_device_that_is_out_of_memory():
+    import jax
+    import jax.numpy as jnp
+
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jnp.zeros((1 << 50,)).block_until_ready()
+    exit_code, message = ending(caught.value)
+    assert exit_code == 1 and 'the device is out of memory; set a smaller --config.batch_size' in message
+    assert ending(RuntimeError('a bug')) is None
+
+
 def test_a_command_searches_for_garbage_seldom_but_does():
     searches = []
 

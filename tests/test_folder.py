@@ -173,6 +173,13 @@ def test_a_relative_path_is_named_in_full(tmp_path, monkeypatch):
     refused('photos', f'^{tmp_path}/photos needs a folder for each of at least two classes')
 
 
+def test_a_folder_whose_name_was_forgotten(tmp_path, monkeypatch):
+    """As by `folder:$PHOTOS` where there is no such variable."""
+    monkeypatch.chdir(write_images(tmp_path / 'own'))
+    refused('', "dataset 'folder:' names no folder; set --config.dataset=folder:PATH")
+    assert load('.').class_names == ('blue', 'green', 'red')
+
+
 def test_a_user_who_is_not_there():
     refused('~nosuchuser/photos', 'cannot read ~nosuchuser/photos')
 

@@ -120,6 +120,11 @@ def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, com
         done = command('interop', 'export', '--workdir', trained, '--weights', weights_name)
         assert done.returncode == 2
         assert done.stderr == f'error: {weights_name} is a directory; name a file with --weights\n'
+    before = sorted(path for path in imported.rglob('*') if path.name != '.lock')
+    in_place = command('main', *config, '--workdir', imported)
+    assert in_place.returncode == 2 and in_place.stderr.count('\n') == 1
+    assert f'not a run; to train from them, set --config.init_from={imported} and another' in in_place.stderr
+    assert sorted(path for path in imported.rglob('*') if path.name != '.lock') == before
     again = command('interop', 'import', *config, '--workdir', imported, *weights)
     assert again.returncode == 2 and 'holds a run already' in again.stderr and again.stderr.count('\n') == 1
     nowhere = command('main', *config, f'--config.init_from={tmp_path / "none"}', '--workdir', tmp_path / 'new')

@@ -191,6 +191,17 @@ def test_adopting_another_number_of_epochs(workdir, config):
     assert rundir.read_config(workdir).num_epochs == config.num_epochs
 
 
+def test_adopting_another_way_to_carry_it_out(workdir, config):
+    config.accumulate_steps, config.evaluation_batch_size = 2, 50
+    rundir.write_result(workdir, RESULT)
+    rundir.adopt(workdir, config)
+    assert rundir.read_config(workdir).accumulate_steps == 1  # what the result was made with
+    (workdir / 'result.json').unlink()
+    rundir.adopt(workdir, config)
+    adopted = rundir.read_config(workdir)
+    assert (adopted.accumulate_steps, adopted.evaluation_batch_size) == (2, 50)
+
+
 @pytest.mark.parametrize('name', ['checkpoints', 'result.json'])
 def test_check_of_a_run_without_its_config(tmp_path, config, name):
     (tmp_path / name).mkdir()
