@@ -286,7 +286,10 @@ OPEN_ENDED_SCHEDULES = ('constant', 'exponential')
 
 
 def without_effect(config: ConfigDict) -> set[str]:
-    """The fields that change nothing in a run: those of other models, and of what is switched off."""
+    """Fields that change nothing in a run: those of other models, of crops without cropping, one_cycle's warm-up.
+
+    Not all of them: those of other optimizers and of the exponential schedule are not among them.
+    """
     fields = {f'model.{field}' for field in set(config.model) - {'name', *MODEL_FIELDS[config.model.name]}}
     if not config.augment.random_resized_crop:
         fields.update(CROP_FIELDS)
