@@ -28,10 +28,11 @@ class Board:
         self._grid, self._parallel_runs = grid, parallel_runs
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._ended = False
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal  # rich redraws nothing there
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
 
     def __enter__(self) -> 'Board':
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
@@ -48,7 +49,7 @@ class Board:
         """A run is finished, has failed, or is another process's."""
         self.follow(planned)
         self._measure(planned)
-        if not self._console.is_terminal:
+        if not self._is_live:
             done = sum(other.state not in ('waiting', 'running') for other in self._grid)
             result = failure or f'test accuracy {self._accuracy(planned)}'
             self.say(

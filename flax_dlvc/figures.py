@@ -26,6 +26,12 @@ STYLE: Any = {
     'svg.hashsalt': 'flax_dlvc',
     'text.parse_math': False,  # a dollar in a name is one
 }
+STEMS = (
+    'curves_',
+    'confusion_',
+    'crop_scale',
+    'augmentation',
+)  # what pictures' names begin with; others are the user's
 NUM_EXAMPLES = 8  # images in the strip
 WIDTH_IN_STRIP = 'width of an image'  # name of a text in the strip's PNG file
 
@@ -46,7 +52,7 @@ def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
             drawn.append((stem, caption))
     current = {f'{stem}{suffix}' for stem, _ in drawn for suffix in pictures.METADATA}
     for path in directory.glob('*'):
-        if path.suffix in pictures.METADATA and path.name not in current:
+        if path.suffix in pictures.METADATA and path.name not in current and path.name.startswith(STEMS):
             path.unlink()
     return drawn
 

@@ -71,6 +71,18 @@ def test_an_epoch_takes_what_the_clock_says(tmp_path, monkeypatch):
     assert board.time_left() == 'at most about 10 seconds left'
 
 
+@pytest.mark.parametrize(('terminal', 'lines'), [('xterm', 0), ('dumb', 1)])
+def test_a_terminal_that_cannot_redraw_gets_a_line_for_each_run(tmp_path, monkeypatch, capsys, terminal, lines):
+    monkeypatch.setenv('FORCE_COLOR', '1')  # has rich take what pytest captures for a terminal
+    monkeypatch.setenv('TERM', terminal)
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1)
+    board = Board(grid, 1)
+    board.start(grid[0])
+    grid[0].state = 'failed'
+    board.end(grid[0], 'why')
+    assert capsys.readouterr().out.count('[1/1] cnn seed 0 failed after epoch 0: why') == lines
+
+
 @pytest.mark.parametrize('lines', [12, 24, 80])
 def test_a_low_terminal_shows_the_runs_that_matter(tmp_path, lines):
     grid = plan(tmp_path, models=['cnn', 'vit'], regularizations=['none', 'dropout'], seeds=9)

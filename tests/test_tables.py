@@ -249,6 +249,17 @@ def test_runs_without_a_test_evaluation_are_tabled_without_it(tmp_path):
     assert (tmp_path / 'report.html').exists()
 
 
+def test_pictures_of_runs_that_are_gone_go_and_the_users_own_stay(tmp_path):
+    write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
+    (tmp_path / 'figures').mkdir()
+    for name in ('curves_vit.png', 'confusion_vit.svg', 'my_own.png', 'notes.txt'):
+        (tmp_path / 'figures' / name).write_text('')
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    left = {path.name for path in (tmp_path / 'figures').iterdir()}
+    assert {name for name in left if 'vit' in name or 'cnn' not in name} == {'my_own.png', 'notes.txt'}
+    assert 'curves_cnn.png' in left
+
+
 def test_a_study_without_validation_is_tabled(tmp_path):
     for seed in (0, 1):
         directory = tmp_path / 'cnn' / f'seed_{seed}'
