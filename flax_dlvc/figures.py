@@ -26,12 +26,7 @@ STYLE: Any = {
     'svg.hashsalt': 'flax_dlvc',
     'text.parse_math': False,  # a dollar in a name is one
 }
-STEMS = (
-    'curves_',
-    'confusion_',
-    'crop_scale',
-    'augmentation',
-)  # what pictures' names begin with; others are the user's
+STEMS = ('curves_', 'confusion_', 'crop_scale', 'augmentation')  # that pictures' names begin with; others are not ours
 NUM_EXAMPLES = 8  # images in the strip
 WIDTH_IN_STRIP = 'width of an image'  # name of a text in the strip's PNG file
 
