@@ -97,7 +97,8 @@ def smaller(words, small_flags):
         after = words.index('--config') + 2
         return words[:after] + small_flags + words[after:]
     if 'flax_dlvc.study' in words and '--rebuild' not in words:
-        return [*words, '--models=cnn', '--regularizations=none', '--seeds=1', *small_flags]
+        regularization = 'augment' if '--vary' in words else 'none'  # the pages vary crops
+        return [*words, '--models=cnn', f'--regularizations={regularization}', '--seeds=1', *small_flags]
     return words
 
 
