@@ -71,7 +71,8 @@ def plan(
     """
     axes = [[(field, value) for value in values] for field, values in map(_parse_axis, vary)]
     cells: dict[str, ConfigDict] = {}
-    changed, ignored = set(), set()  # fields that some row differs by, and that some row does not take
+    changed: set[str] = set()  # fields that some row differs by
+    ignored: set[str] = set()  # and that some row does not take
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
         base = _config_at(name, overrides, ())
@@ -84,8 +85,9 @@ def plan(
             config.update_from_flattened_dict({field: usual[field] for field in kept})
             validate(config)
             fields = flatten(config) | _ends(config)
-            labels = [f'{field}={value}' for field, value in point if fields[field] != usual[field]]
-            changed |= {field for field, _ in point if fields[field] != usual[field]}
+            differing = {field: value for field, value in point if fields[field] != usual[field]}
+            labels = [f'{field}={value}' for field, value in differing.items()]
+            changed |= differing.keys()
             ignored |= {field for field, _ in point if fields[field] != asked[field]}
             cells.setdefault(','.join([name, *labels]).translate(WRITABLE), config)
     if idle := sorted(ignored - changed):

@@ -125,12 +125,10 @@ def train_and_rewind(
             return train(slower, state, progress, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:
             if config.on_divergence == 'stop' or rewinds >= config.max_rewinds:
-                further = (
-                    '--config.on_divergence=rewind' if config.on_divergence == 'stop' else 'more --config.max_rewinds'
-                )
+                ways = {'stop': '--config.on_divergence=rewind', 'rewind': 'more --config.max_rewinds'}
                 raise DivergedError(
-                    f'{error}; go on with {further}, or in another --workdir with a lower --config.learning_rate or a '
-                    '--config.optimizer.gradient_clip_norm'
+                    f'{error}; go on with {ways[config.on_divergence]}, or in another --workdir with a lower '
+                    '--config.learning_rate or a --config.optimizer.gradient_clip_norm'
                 ) from error
             rewinds += 1
             display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {error}')

@@ -119,14 +119,14 @@ def adopt(workdir: Path, config: ConfigDict) -> None:
     A result goes, as the run goes on, unless early stopping made it: that is the longer run's as well. A run that stays
     finished keeps the other fields that it was carried out with.
     """
-    stored, result = read_config(workdir), read_result(workdir)
+    stored, result, adopted = read_config(workdir), read_result(workdir), config
     if result and (result['stopped_early'] or config.num_epochs == stored.num_epochs):
-        num_epochs, config = config.num_epochs, stored.copy_and_resolve_references()
-        config.num_epochs = num_epochs
+        adopted = stored.copy_and_resolve_references()
+        adopted.num_epochs = config.num_epochs
     elif result:
         _remove(workdir / 'result.json')  # first: with the new config it would end the run
-    if config_module.flatten(config) != config_module.flatten(stored):
-        write_text(workdir / 'config.json', config_module.to_json(config))
+    if config_module.flatten(adopted) != config_module.flatten(stored):
+        write_text(workdir / 'config.json', config_module.to_json(adopted))
 
 
 def write_dataset(workdir: Path, dataset: data.Dataset) -> None:

@@ -30,7 +30,6 @@ def test_ending(error, end):
     assert ending(error) == end
 
 
-@pytest.mark.usefixtures('commands_here')
 def test_a_device_that_is_out_of_memory():
     import jax
     import jax.numpy as jnp
@@ -42,6 +41,7 @@ def test_a_device_that_is_out_of_memory():
     assert ending(RuntimeError('a bug')) is None
 
 
+@pytest.mark.usefixtures('commands_here')
 def test_a_command_searches_for_garbage_seldom_but_does():
     searches = []
 
