@@ -265,19 +265,40 @@ class Checkpoints:
         if which == 'latest':
             return steps[-1]
         if which == 'best':
-            try:
-                best = _progress(self._read_content(steps[-1])).best_step
-            except DamagedError as error:
-                raise ConfigError(
-                    f'{self.directory}: the checkpoint of step {steps[-1]} {error}; '
-                    'start the run again to go on from an older one, or name one with --step'
-                ) from error
+            best = self._best_step()
             if best is None:
                 raise ConfigError(f'{self.directory}: no epoch is finished, so none is the best; try --step latest')
             return best
         if not which.isdecimal():
             raise ConfigError(f"--step must be 'best', 'latest' or a number of training steps, not {which!r}")
         return int(which)
+
+    def _best_step(self) -> int | None:
+        """What the newest checkpoint says is the best; None where no epoch is finished."""
+        newest = self.steps[-1]
+        try:
+            return _progress(self._read_content(newest)).best_step
+        except DamagedError as error:
+            raise ConfigError(
+                f'{self.directory}: the checkpoint of step {newest} {error}; '
+                'start the run again to go on from an older one, or name one with --step'
+            ) from error
+
+    @timed('saving')
+    def rewind(self) -> None:
+        """Removes what is newer than the best checkpoint; all of them, where no epoch is finished.
+
+        Raises:
+            StorageError: one cannot be removed, or the last save failed.
+        """
+        self.wait()
+        best = self._best_step() if self.steps else None
+        for step in self.steps:
+            if best is None or step > best:
+                try:
+                    self._manager.delete(step)
+                except OSError as error:
+                    raise self._storage_error(error) from error
 
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         content = self._read_content(step)

@@ -27,6 +27,8 @@ from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import begin_from, check_origin
 
+ANEW = 'in another --workdir with a lower --config.learning_rate or a --config.optimizer.gradient_clip_norm'
+
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains, stops, and tests the best checkpoint; goes on where an interrupted run of the same config was.
@@ -71,7 +73,7 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
         if distributed.is_main():
             rundir.write_failure(workdir, '')  # of an attempt before this one
         try:
-            result = train_and_rewind(setup, workdir, checkpoints, tensorboard, display)
+            result = train_and_test(setup, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:
             if distributed.is_main():
                 rundir.write_failure(workdir, str(error), error.exit_code)
@@ -96,42 +98,65 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
         yield
 
 
-def train_and_rewind(
+def train_and_test(
     setup: Setup, workdir: Path, checkpoints: Checkpoints, tensorboard: TensorBoard, display: Display
 ) -> dict[str, Any]:
-    """Trains; where the config says so, a run that diverges goes on from its newest checkpoint at half the rate."""
+    """The run proper, to its result; where the config says so, divergence sends it back to its best epoch.
+
+    From there, or from its beginning where no epoch is finished, it goes on at half the rate. So how often it saves, or
+    is stopped, does not change where it goes.
+    """
     config = setup.config
     rewinds = 0
     while True:
         state, progress = restore_or_start(setup, checkpoints, tensorboard, display)
-        if progress.best_step == 0:  # which only `transfer.save_as_run` writes
-            raise ConfigError(
-                f'{workdir} holds imported weights, not a run; to train from them, set --config.init_from={workdir} '
-                'and another --workdir'
-            )
-        if config.num_epochs < len(progress.history):
-            raise ConfigError(
-                f'{workdir} has {len(progress.history)} epochs behind it; set --config.num_epochs to as many or more'
-            )
+        check_progress(workdir, config, progress)
         if distributed.is_main():
             rundir.adopt(workdir, config)
             if progress.history:  # a process may have ended between its last save and this file
                 rundir.write_history(workdir, progress.history)
-        rewinds = max(rewinds, progress.rewinds)
+        if rewinds > progress.rewinds:
+            progress = dataclasses.replace(progress, rewinds=rewinds)
+            if progress.history:
+                save(checkpoints, state, progress)  # or a run that is killed would go on at the rate before
+        rewinds = progress.rewinds
         slower = setup.variant(learning_rate=config.learning_rate / 2**rewinds) if rewinds else setup
         announce(slower, workdir, state, progress, display)
         try:
-            progress = dataclasses.replace(progress, rewinds=rewinds)
-            return train(slower, state, progress, workdir, checkpoints, tensorboard, display)
-        except DivergedError as error:
+            with stop_signals() as check_stop:
+                progress = train(slower, state, progress, workdir, checkpoints, tensorboard, display, check_stop)
+                return test_best(slower, progress, workdir, checkpoints, tensorboard, check_stop)
+        except StopRequested as request:
+            checkpoints.wait()
+            name = signal.Signals(request.signal_number).name
+            saved = 'nothing saved' if checkpoints.latest_step is None else f'saved at step {checkpoints.latest_step}'
+            message = f'stopped by {name}, {saved} in {workdir}; the same command goes on'
+            raise StoppedError(message, request.signal_number) from None
+        except NotFiniteError as error:
+            checkpoints.wait()
+            what = f'{error} with learning rate {float(slower.schedule(error.step - 1)):.3g}'
             if config.on_divergence == 'stop' or rewinds >= config.max_rewinds:
+                latest = checkpoints.latest_step
+                kept = 'no checkpoint was saved yet' if latest is None else f'the checkpoint of step {latest} is kept'
                 ways = {'stop': '--config.on_divergence=rewind', 'rewind': 'more --config.max_rewinds'}
-                raise DivergedError(
-                    f'{error}; go on with {ways[config.on_divergence]}, or in another --workdir with a lower '
-                    '--config.learning_rate or a --config.optimizer.gradient_clip_norm'
-                ) from error
+                raise DivergedError(f'{what}; {kept}; go on with {ways[config.on_divergence]}, or {ANEW}') from None
+            checkpoints.rewind()
+            tensorboard.rewind()
             rewinds += 1
-            display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {error}')
+            display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {what}')
+
+
+def check_progress(workdir: Path, config: ConfigDict, progress: Progress) -> None:
+    """Raises a `ConfigError` where a run cannot go on from the progress that its directory has."""
+    if progress.best_step == 0:  # which only `transfer.save_as_run` writes
+        raise ConfigError(
+            f'{workdir} holds imported weights, not a run; to train from them, set --config.init_from={workdir} '
+            'and another --workdir'
+        )
+    if config.num_epochs < len(progress.history):
+        raise ConfigError(
+            f'{workdir} has {len(progress.history)} epochs behind it; set --config.num_epochs to as many or more'
+        )
 
 
 @timed('input and host')
@@ -143,70 +168,90 @@ def train(
     checkpoints: Checkpoints,
     tensorboard: TensorBoard,
     display: Display,
-) -> dict[str, Any]:
-    """The run proper, from a state to its result."""
+    check_stop: Callable[[], None],
+) -> Progress:
+    """Trains and validates, epoch by epoch, until the last one or until early stopping has had enough.
+
+    Raises:
+        NotFiniteError: a loss or the state.
+        StopRequested: by `check_stop`; the state is saved.
+    """
     config, dataset = setup.config, setup.dataset
     train_split, validation_split = setup.place(dataset.train), setup.place(dataset.validation)
     freed_memory = runtime.FreedMemory()
+    try:
+        while not finished(config, progress):
+            epoch = len(progress.history) + 1
+            first_step = (epoch - 1) * setup.steps_per_epoch
+            step = int(state.step)
+            if step == first_step:
+                state = state.replace(sums=setup.empty_sums())
+            sums = state.sums
+            monitor = Monitor(setup, step, display)
+            save_is_due = Clock(config, step)
+            for indices in setup.training_calls(epoch, step - first_step):
+                check_stop()
+                if save_is_due(step):
+                    save(checkpoints, state, progress)
+                with training_call(indices.shape[1]):
+                    state, sums = setup.train_step(state, *train_split, indices)
+                    step += indices.shape[1]
+                    monitor.note(step, sums)
+            images_per_second = monitor.finish()
 
-    with stop_signals() as check_stop:
-        try:
-            while not finished(config, progress):
-                epoch = len(progress.history) + 1
-                first_step = (epoch - 1) * setup.steps_per_epoch
-                step = int(state.step)
-                if step == first_step:
-                    state = state.replace(sums=setup.empty_sums())
-                sums = state.sums
-                monitor = Monitor(setup, step, checkpoints, display)
-                save_is_due = Clock(config, step)
-                for indices in setup.training_calls(epoch, step - first_step):
-                    check_stop()
-                    if save_is_due(step):
-                        save(checkpoints, state, progress, setup)
-                    with training_call(indices.shape[1]):
-                        state, sums = setup.train_step(state, *train_split, indices)
-                        step += indices.shape[1]
-                        monitor.note(step, sums)
-                images_per_second = monitor.finish()
+            validation: dict[str, Any] = {'cross_entropy': None, 'accuracy': None}
+            if len(dataset.validation):
+                validation, _ = evaluate(setup, state.variables, validation_split, check_stop)
+                check_finite(validation['cross_entropy'], 'validation', step)
+            trained = summarize(sums)
+            record = {
+                'epoch': epoch,
+                'step': step,
+                'train_loss': trained['cross_entropy'],
+                'train_accuracy': trained['accuracy'],
+                'validation_loss': validation['cross_entropy'],
+                'validation_accuracy': validation['accuracy'],
+                'learning_rate': float(setup.schedule(step - 1)),
+                'images_per_second': images_per_second,
+            }
+            progress = advance(config, progress, record)
+            save(checkpoints, state, progress)
+            if distributed.is_main():
+                rundir.write_history(workdir, progress.history)
+                tensorboard.epoch(record)
+            display.epoch(record, progress.stopping)
+            freed_memory.give_back()
+    except StopRequested:
+        with contextlib.suppress(NotFiniteError):  # the run goes on from the checkpoint before, and meets it again
+            save(checkpoints, state, progress)
+        raise
+    return progress
 
-                validation: dict[str, Any] = {'cross_entropy': None, 'accuracy': None}
-                if len(dataset.validation):
-                    validation, _ = evaluate(setup, state.variables, validation_split, check_stop)
-                    check_finite(validation['cross_entropy'], 'validation', step, setup, checkpoints)
-                trained = summarize(sums)
-                record = {
-                    'epoch': epoch,
-                    'step': step,
-                    'train_loss': trained['cross_entropy'],
-                    'train_accuracy': trained['accuracy'],
-                    'validation_loss': validation['cross_entropy'],
-                    'validation_accuracy': validation['accuracy'],
-                    'learning_rate': float(setup.schedule(step - 1)),
-                    'images_per_second': images_per_second,
-                }
-                progress = advance(config, progress, record)
-                save(checkpoints, state, progress, setup)
-                if distributed.is_main():
-                    rundir.write_history(workdir, progress.history)
-                    tensorboard.epoch(record)
-                display.epoch(record, progress.stopping)
-                freed_memory.give_back()
 
-            checkpoints.wait()
-            best_step = checkpoints.find('best')
-            best, _ = checkpoints.restore(best_step, setup.abstract_state)
-            test, predictions = evaluate(setup, best.variables, setup.place(dataset.test), check_stop)
-            check_finite(test['cross_entropy'], 'test', best_step, setup, checkpoints)
-        except StopRequested as request:
-            with contextlib.suppress(DivergedError):  # the run goes on from the checkpoint before, and meets it again
-                save(checkpoints, state, progress, setup)
-            checkpoints.wait()
-            name = signal.Signals(request.signal_number).name
-            saved = 'nothing saved' if checkpoints.latest_step is None else f'saved at step {checkpoints.latest_step}'
-            message = f'stopped by {name}, {saved} in {workdir}; the same command goes on'
-            raise StoppedError(message, request.signal_number) from None
+@timed('input and host')
+def test_best(
+    setup: Setup,
+    progress: Progress,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    tensorboard: TensorBoard,
+    check_stop: Callable[[], None],
+) -> dict[str, Any]:
+    """Tests the best checkpoint, draws the curves, and returns what `result.json` holds.
 
+    Raises:
+        DivergedError: the loss is not finite; going back would choose the same checkpoint again.
+        StopRequested: by `check_stop`.
+    """
+    config = setup.config
+    checkpoints.wait()
+    best_step = checkpoints.find('best')
+    best, _ = checkpoints.restore(best_step, setup.abstract_state)
+    test, predictions = evaluate(setup, best.variables, setup.place(setup.dataset.test), check_stop)
+    try:
+        check_finite(test['cross_entropy'], 'test', best_step)
+    except NotFiniteError as error:
+        raise DivergedError(f'{error}; the checkpoint of step {best_step} is kept; train {ANEW}') from None
     evaluation = describe_origin(setup, 'test', best_step) | test
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs
@@ -224,7 +269,7 @@ def train(
         'epochs_run': epochs_run,
         'stopped_early': stopped_early,
         'rewinds': progress.rewinds,
-        'num_parameters': count_parameters(state),
+        'num_parameters': count_parameters(best),
         'test': test,
         'environment': setup.environment,
     }
@@ -250,12 +295,12 @@ def restore_or_start(
     return state, Progress()
 
 
-def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress, setup: Setup) -> None:
+def save(checkpoints: Checkpoints, state: steps.TrainState, progress: Progress) -> None:
     """Saves, unless the state is not finite: then the run has diverged."""
     try:
         checkpoints.save(state, progress)
     except FloatingPointError:
-        raise diverged('the state is not finite', int(state.step), setup, checkpoints) from None
+        raise NotFiniteError('the state is not finite', int(state.step)) from None
 
 
 class Clock:
@@ -332,18 +377,18 @@ def advance(config: ConfigDict, progress: Progress, record: dict[str, Any]) -> P
     return dataclasses.replace(progress, history=history, stopping=stopping_state, best_step=best_step)
 
 
-def check_finite(loss: float, split: str, step: int, setup: Setup, checkpoints: Checkpoints) -> None:
-    """Raises the `DivergedError` of a loss that is not finite."""
+class NotFiniteError(Exception):
+    """A loss or the state is not finite after a step: the run diverges."""
+
+    def __init__(self, what: str, step: int):
+        super().__init__(f'{what} at step {step}')
+        self.step = step
+
+
+def check_finite(loss: float, split: str, step: int) -> None:
+    """Raises the `NotFiniteError` of a loss that is not finite."""
     if not math.isfinite(loss):
-        raise diverged(f'the {split} loss is {loss}', step, setup, checkpoints)
-
-
-def diverged(what: str, step: int, setup: Setup, checkpoints: Checkpoints) -> DivergedError:
-    """The error of a run that diverged; it names the step, the learning rate and the last good checkpoint."""
-    saved = checkpoints.latest_step
-    kept = 'no checkpoint was saved yet' if saved is None else f'the checkpoint of step {saved} is kept'
-    rate = float(setup.schedule(step - 1))
-    return DivergedError(f'{what} at step {step} with learning rate {rate:.3g}; {kept}')
+        raise NotFiniteError(f'the {split} loss is {loss}', step)
 
 
 class Monitor:
@@ -352,8 +397,8 @@ class Monitor:
     It looks at a call when the next one has been handed to the devices, so that they never wait for the host.
     """
 
-    def __init__(self, setup: Setup, first_step: int, checkpoints: Checkpoints, display: Display):
-        self._setup, self._checkpoints, self._display = setup, checkpoints, display
+    def __init__(self, setup: Setup, first_step: int, display: Display):
+        self._setup, self._display = setup, display
         self._pending: tuple[int, Sums] | None = None
         self._since = (time.perf_counter(), first_step)
         self._looked = False
@@ -380,7 +425,7 @@ class Monitor:
             return
         (step, sums), self._pending = self._pending, None
         loss = float(sums.loss.total) / max(1, int(sums.loss.count))  # waits for the call
-        check_finite(loss, 'training', step, self._setup, self._checkpoints)
+        check_finite(loss, 'training', step)
         start, first_step = self._since
         now = time.perf_counter()
         self._images_per_second = (step - first_step) * self._setup.config.batch_size / (now - start)

@@ -108,6 +108,7 @@ class TensorBoard:
         self._directory = workdir / 'tensorboard'
         self._config, self._dataset = config, dataset
         self._writer: Any = None
+        self._takes_up = True  # what comes next may have been logged before, and is void
 
     def __enter__(self) -> 'TensorBoard':
         return self
@@ -126,6 +127,10 @@ class TensorBoard:
             start, _ = _hyperparameters(self._config)
             images = pictures.training_images(self._config, self._dataset)
             self._write(0, [start, _image('train/images', images)], next_epoch=0)
+
+    def rewind(self) -> None:
+        """Has the next epoch's record replace all that was logged of it and of later ones."""
+        self._takes_up = True
 
     @timed('logging')
     def epoch(self, record: dict[str, Any]) -> None:
@@ -160,7 +165,7 @@ class TensorBoard:
         self._write(epoch, summaries, next_epoch=epoch + 1)
 
     def _write(self, step: int, summaries: Sequence[Any], next_epoch: int) -> None:
-        """Writes summaries; at the head of a file also that what others hold of `next_epoch` and later is void."""
+        """Writes summaries; where a run takes up, also that what is there of `next_epoch` and later is void."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter  # over a second to import
 
@@ -174,7 +179,9 @@ class TensorBoard:
                 name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
                 self._writer = RecordWriter(str(self._directory / name))
                 write(file_version='brain.Event:2')
+            if self._takes_up:
                 write(step=next_epoch, session_log=SessionLog(status=SessionLog.START))
+                self._takes_up = False
             for summary in summaries:
                 write(step=step, summary=summary)
             self._writer.flush()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -204,9 +205,9 @@ def test_a_state_that_is_not_finite_ends_the_run(small_config, tmp_path):
     state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(DivergedError, match=r'^the state is not finite at step 0 .* no checkpoint was saved yet$'),
+        pytest.raises(loop.NotFiniteError, match=r'^the state is not finite at step 0$'),
     ):
-        loop.save(checkpoints, state, Progress(), setup)
+        loop.save(checkpoints, state, Progress())
 
 
 def test_a_diverging_run_ends_with_the_step_and_keeps_the_last_good_checkpoint(small_config, tmp_path):
@@ -242,7 +243,8 @@ def test_a_run_that_diverges_with_its_last_step_and_has_no_validation_has_diverg
     small_config.batch_size = 256  # one step
     small_config.num_epochs = 1
     small_config.learning_rate = 1e10
-    with pytest.raises(DivergedError, match=r'the test loss is (nan|inf) at step 1 .* of step 1 is kept'):
+    small_config.on_divergence = 'rewind'  # which would test the same checkpoint again
+    with pytest.raises(DivergedError, match=r'the test loss is (nan|inf) at step 1; .* of step 1 is kept; train in'):
         loop.run(small_config, tmp_path)
     assert '\nwithout effect here: model.stem\n' in capsys.readouterr().out
     assert not (tmp_path / 'result.json').exists()
@@ -386,6 +388,35 @@ def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, t
     small_config.max_rewinds = 1
     with pytest.raises(DivergedError, match=r'learning rate 5e.* go on with more --config.max_rewinds'):
         loop.run(small_config, tmp_path / 'one')
+
+
+def test_where_a_run_rewinds_to_does_not_depend_on_how_often_it_saves(small_config, tmp_path, capsys):
+    """At a rate that rises until the loss explodes: back to the best epoch, not to the step before the explosion."""
+    small_config.optimizer.name = 'sgd'
+    small_config.learning_rate = 2.0
+    small_config.schedule.name, small_config.schedule.warmup_epochs = 'constant', 4.0
+    small_config.num_epochs = 5
+    small_config.on_divergence, small_config.max_rewinds = 'rewind', 20
+    histories = []
+    for every in (0, 1):
+        small_config.checkpoint_every_steps = every
+        result = loop.run(small_config, tmp_path / str(every))
+        assert result['rewinds'] >= 1
+        output = capsys.readouterr().out
+        assert re.search(
+            r'rewind 1 of at most 20: .*learning rate [\d.]+\n.*\ngoing on after step \d+, [1-4] epochs', output
+        )
+        histories.append([{**record, 'images_per_second': 0} for record in read_history(tmp_path / str(every))])
+    assert histories[0] == histories[1]
+
+    logged = {}  # as TensorBoard shows it
+    for event in read_events(tmp_path / '1'):
+        if event.HasField('session_log'):
+            logged = {epoch: losses for epoch, losses in logged.items() if epoch < event.step}
+        for value in event.summary.value:
+            if value.tag == 'train/loss':
+                logged.setdefault(event.step, []).append(value.simple_value)
+    assert logged == {record['epoch']: [pytest.approx(record['train_loss'])] for record in histories[1]}
 
 
 def test_a_signal_is_obeyed_where_the_state_cannot_be_saved(small_config, tmp_path, monkeypatch):
