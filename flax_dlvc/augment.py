@@ -18,22 +18,67 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 # each image's own share (B,).
 Mixing = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
+# A batch augmentation maps a key of the run, images (B, H, W, C) uint8, their places (B,) in the training split and the
+# step's number to images (B, H, W, C) float32 in [0, 1], and to each one's own share (B,), None where nothing is mixed.
+BatchAugmentation = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 
 NUM_OPERATIONS, NUM_STRENGTHS = 14, 31  # of TrivialAugment
 
 
-def in_training(config: ConfigDict, mean: Sequence[float], steps_per_epoch: int) -> dict[str, Any]:
-    """What training does to images by `config.augment`: arguments of `steps.make_train_step` and `augment_batch`."""
-    return {
-        'augmentation': make_augmentation(config, mean),
-        'mirror_period': steps_per_epoch if config.alternating_mirror else 0,
-        'mixing': make_mixing(config),
-    }
+def make_batch_augmentation(config: ConfigDict, mean: Sequence[float], steps_per_epoch: int) -> BatchAugmentation:
+    """Builds what training does to a batch, as `config.augment` describes it; `mean` as in `make_augmentation`."""
+    return partial(
+        augment_batch,
+        augmentation=make_augmentation(config, mean),
+        mirror_period=steps_per_epoch if config.alternating_mirror else 0,
+        mixing=make_mixing(config),
+    )
 
 
-def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation | None:
-    """Builds the augmentation of single images that `config.augment` describes, or None where it describes none.
+def augment_batch(
+    key: jax.Array,
+    images: jax.Array,
+    indices: jax.Array,
+    step: jax.Array,
+    *,
+    augmentation: Augmentation = lambda key, image: image,
+    mirror_period: int = 0,
+    mixing: Mixing | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A batch as a training step sees it before normalisation.
+
+    Single images have a key per step and example, so that they do not depend on the number of devices; mixing has one
+    per step and part of a batch.
+
+    Args:
+        key: the same throughout the run.
+        images: (B, H, W, C) uint8.
+        indices: (B,), the examples' places in the training split.
+        step: scalar, counted from 0.
+        augmentation: applied to each image in [0, 1].
+        mirror_period: steps of an epoch, in each of which `alternating_mirror` goes the other way; 0 is without it.
+        mixing: applied to the augmented batch.
+
+    Returns:
+        The images (B, H, W, C) on the scale [0, 1], and each one's own share (B,), None where they are not mixed.
+    """
+    batch = images.astype(jnp.float32) / 255
+    if mirror_period:
+        batch = alternating_mirror(key, batch, indices, step // mirror_period)
+    step_key = jax.random.fold_in(key, step)
+    example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
+    batch = jax.vmap(augmentation)(example_keys, batch)
+    if mixing is None:
+        return batch, None
+    # A key per part of a batch, by its first example, and none that an example itself has.
+    mixing_key = jax.random.fold_in(step_key, jnp.iinfo(jnp.uint32).max)
+    return mixing(jax.random.fold_in(mixing_key, indices[0]), batch)
+
+
+def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation:
+    """Builds the augmentation of single images that `config.augment` describes.
 
     Args:
         config: `config.augment`.
@@ -57,8 +102,7 @@ def make_augmentation(config: ConfigDict, mean: Sequence[float]) -> Augmentation
             image = cutout(cutout_key, image, config.cutout, mean)
         return image
 
-    fields = ('random_resized_crop', 'random_mirror', 'random_translate', 'trivial_augment', 'cutout')
-    return augmentation if any(config[field] for field in fields) else None
+    return augmentation
 
 
 def random_mirror(key: jax.Array, image: jax.Array) -> jax.Array:

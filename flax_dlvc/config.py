@@ -120,6 +120,23 @@ MODEL_FIELDS: dict[str, tuple[str, ...]] = {
     ),
     'airbench': ('widths', 'depth'),
 }  # fmt: skip
+BATCH_NORM_MODELS = ('resnet18', 'airbench')
+# The optimizers and schedules, likewise with the fields of their groups.
+OPTIMIZER_FIELDS: dict[str, tuple[str, ...]] = {
+    'adamw': ('weight_decay', 'gradient_clip_norm'),
+    'sgd': ('momentum', 'weight_decay', 'gradient_clip_norm'),
+    'muon': (
+        'momentum', 'weight_decay', 'gradient_clip_norm', 'newton_schulz_steps', 'sgd_momentum', 'classifier_factor',
+        'bias_factor', 'whitening_bias_epochs',
+    ),
+}  # fmt: skip
+SCHEDULE_FIELDS: dict[str, tuple[str, ...]] = {
+    'constant': ('warmup_epochs',),
+    'exponential': ('decay_per_epoch', 'warmup_epochs'),
+    'linear': ('warmup_epochs',),
+    'cosine': ('warmup_epochs',),
+    'one_cycle': (),
+}
 CROP_FIELDS = ('augment.random_resized_crop_scale', 'augment.random_resized_crop_ratio')
 
 _RULES: dict[str, Rule] = {
@@ -157,7 +174,7 @@ _RULES: dict[str, Rule] = {
     'augment.cutout': _at_least(0),
     'num_epochs': _at_least(1),
     'learning_rate': _POSITIVE,
-    'optimizer.name': _one_of('adamw', 'sgd', 'muon'),
+    'optimizer.name': _one_of(*OPTIMIZER_FIELDS),
     'optimizer.momentum': _PROBABILITY,
     'optimizer.weight_decay': _at_least(0),
     'optimizer.gradient_clip_norm': _at_least(0),
@@ -166,7 +183,7 @@ _RULES: dict[str, Rule] = {
     'optimizer.classifier_factor': _POSITIVE,
     'optimizer.bias_factor': _POSITIVE,
     'optimizer.whitening_bias_epochs': _at_least(0),
-    'schedule.name': _one_of('constant', 'exponential', 'linear', 'cosine', 'one_cycle'),
+    'schedule.name': _one_of(*SCHEDULE_FIELDS),
     'schedule.decay_per_epoch': (lambda v: 0 < v <= 1, 'must be in (0, 1]'),
     'schedule.warmup_epochs': _at_least(0),
     'ema_decay': _PROBABILITY,
@@ -202,12 +219,8 @@ def validate(config: ConfigDict) -> None:
     for field, (holds, message) in _RULES.items():
         if not holds(actual[field]):
             raise ConfigError(f'{field} {message}, not {actual[field]!r}')
-    if config.model.name == 'vit' and config.model.embed_dim % config.model.num_heads:
-        raise ConfigError('model.embed_dim must be divisible by model.num_heads')
-    if config.model.patch_stem == 'convolutional' and config.model.patch_size % 2:
-        raise ConfigError("model.patch_stem 'convolutional' halves the image, so that model.patch_size must be even")
-    if config.model.name == 'vit' and config.optimizer.name == 'muon':
-        raise ConfigError("optimizer.name 'muon' trains convolutions, and the vit has none; use 'adamw'")
+    if config.model.name == 'vit':
+        _validate_vit(config)
     if config.augment.random_mirror and config.augment.alternating_mirror:
         raise ConfigError('augment.random_mirror and augment.alternating_mirror exclude each other')
     if not config.splits.validation and config.early_stopping.patience:
@@ -216,6 +229,18 @@ def validate(config: ConfigDict) -> None:
         )
     if config.schedule.warmup_epochs > config.num_epochs:
         raise ConfigError('schedule.warmup_epochs must not exceed num_epochs')
+
+
+def _validate_vit(config: ConfigDict) -> None:
+    model = config.model
+    if model.embed_dim % model.num_heads:
+        raise ConfigError('model.embed_dim must be divisible by model.num_heads')
+    if model.patch_stem == 'convolutional' and model.patch_size % 2:
+        raise ConfigError("model.patch_stem 'convolutional' halves the image, so that model.patch_size must be even")
+    if model.patch_stem == 'convolutional' and model.embed_dim < 4:
+        raise ConfigError("model.patch_stem 'convolutional' begins with model.embed_dim // 4 features: set 4 or more")
+    if config.optimizer.name == 'muon':
+        raise ConfigError("optimizer.name 'muon' trains convolutions, and the vit has none; use 'adamw'")
 
 
 def _same_type(value: Any, example: Any) -> bool:
@@ -286,15 +311,21 @@ OPEN_ENDED_SCHEDULES = ('constant', 'exponential')
 
 
 def without_effect(config: ConfigDict) -> set[str]:
-    """Fields that change nothing in a run: those of other models, of crops without cropping, one_cycle's warm-up.
-
-    Not all of them: those of other optimizers and of the exponential schedule are not among them.
-    """
-    fields = {f'model.{field}' for field in set(config.model) - {'name', *MODEL_FIELDS[config.model.name]}}
+    """Fields that change nothing in a run: of other models, optimizers and schedules, and of what is off."""
+    taken = {
+        'model': MODEL_FIELDS[config.model.name],
+        'optimizer': OPTIMIZER_FIELDS[config.optimizer.name],
+        'schedule': SCHEDULE_FIELDS[config.schedule.name],
+    }
+    fields = {f'{group}.{field}' for group in taken for field in set(config[group]) - {'name', *taken[group]}}
+    if config.model.name != 'airbench':
+        fields.add('optimizer.whitening_bias_epochs')
+    if config.model.name not in BATCH_NORM_MODELS:
+        fields.add('synchronize_batch_norm')
     if not config.augment.random_resized_crop:
         fields.update(CROP_FIELDS)
-    if config.schedule.name == 'one_cycle':
-        fields.add('schedule.warmup_epochs')
+    if not config.splits.validation:
+        fields.update(('early_stopping.metric', 'early_stopping.min_delta'))
     return fields
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from flax_dlvc.profiling import timed
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
+SPLITS = ('train', 'validation', 'test')
 SMALLEST_IMAGES = {'cnn': 8, 'airbench': 9}  # pixels: each halves an image three times, airbench one without its edge
 PREPARABLE = ('cifar10', 'cifar100')  # datasets that are prepared from their official archive, without TensorFlow
 
@@ -57,14 +59,16 @@ class Dataset:
         return self.train.images.shape[1:]
 
     def describe(self) -> dict[str, Any]:
-        """All but the examples; `without_examples` makes a dataset of it."""
+        """All but the examples, of whose labels there is a checksum; `without_examples` makes a dataset of it."""
+        splits = {split: getattr(self, split) for split in SPLITS}
         return {
             'name': self.name,
             'class_names': list(self.class_names),
             'image_shape': list(self.image_shape),
             'mean': list(self.mean),
             'std': list(self.std),
-            'num_examples': {split: len(getattr(self, split)) for split in ('train', 'validation', 'test')},
+            'num_examples': {name: len(split) for name, split in splits.items()},
+            'labels_crc32': {name: zlib.crc32(split.labels.astype('<i4').tobytes()) for name, split in splits.items()},
         }
 
 
@@ -86,12 +90,13 @@ def without_examples(description: dict[str, Any]) -> Dataset:
 def is_same(description: dict[str, Any], other: dict[str, Any], tolerance: float) -> bool:
     """Whether two of `Dataset.describe` tell of the same data, moments to a relative tolerance.
 
-    Other examples are told by mean and deviation of the training split; CIFAR-10's are constants, so there only by
-    their number. Runs of earlier versions have mean and deviation as their machine rounded.
+    Other examples are told by their number, by their labels, of which runs of earlier versions know nothing, and by
+    mean and deviation of the training split, which are CIFAR-10's constants there. Those of earlier versions are as
+    their machine rounded.
     """
     pairs = zip(*(each['mean'] + each['std'] for each in (description, other)), strict=False)
     return all(math.isclose(a, b, rel_tol=tolerance) for a, b in pairs) and all(
-        description[key] == other[key] for key in description if key not in ('mean', 'std')
+        description[key] == other[key] for key in (description.keys() & other.keys()) - {'mean', 'std'}
     )
 
 
@@ -108,7 +113,7 @@ def load(config: ConfigDict) -> Dataset:
             fit the data.
     """
     source = _open(config.dataset)
-    specs = {split: config.splits[split] for split in ('train', 'validation', 'test')}
+    specs = {split: config.splits[split] for split in SPLITS}
     slices = {
         split: [] if split == 'validation' and spec == '' else _parse_slice(spec, source.sizes)
         for split, spec in specs.items()
@@ -133,8 +138,12 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     """
     means, deviations = [], []
     for channel in range(images.shape[-1]):
-        counts = np.bincount(images[..., channel].reshape(-1)).tolist()
-        number, total, squares = (sum(count * value**power for value, count in enumerate(counts)) for power in range(3))
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(images), 1000):  # which `bincount` copies to eight times the memory
+            counts += np.bincount(images[start : start + 1000, ..., channel].reshape(-1), minlength=256)
+        number, total, squares = (
+            sum(count * value**power for value, count in enumerate(counts.tolist())) for power in range(3)
+        )
         means.append(total / (255 * number))
         # A constant channel carries nothing; dividing by one keeps it finite.
         deviations.append(math.sqrt(number * squares - total**2) / (255 * number) or 1.0)

@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flax_dlvc.errors import STOP_SIGNALS, ConfigError, PeerError, StoppedError, ending
+from flax_dlvc.errors import STOP_SIGNALS, ConfigError, PeerError, StoppedError, ending, is_out_of_memory
 
 SIGN_OF_LIFE = 1.0  # seconds between a process's signs of life
 LOST_AFTER = 20.0  # seconds without one after which a process counts as gone
 JOIN_TIMEOUT = 300  # seconds that a process waits for the others at the start
 GRACE = 5.0  # seconds in which a process may find the failure of another one for itself
+LOOPBACK = re.compile(r'(localhost|127\.[\d.]+|\[::1\]):\d+')  # an address that no other host can reach
 AGAIN = 'start the run again to go on from its last checkpoint'
 
 
@@ -141,7 +142,7 @@ def _join() -> None:
             cluster_detection_method='deactivate',
             initialization_timeout=2 * JOIN_TIMEOUT,
             heartbeat_timeout_seconds=10 * int(LOST_AFTER),  # ours is sooner, and says it in one line
-            coordinator_bind_address=address,
+            coordinator_bind_address=address if LOOPBACK.match(address) else None,  # else on all interfaces
         )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -184,7 +185,7 @@ class _Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process with its error, and the others with its message."""
-        if _is_of_the_runtime(error):
+        if _is_of_the_runtime(error) and not is_out_of_memory(error):
             self._stopped.wait(2 * LOST_AFTER)  # a collective may have failed since another is gone: `_run` will say so
         end = ending(error)
         if end is None:

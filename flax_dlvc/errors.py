@@ -120,12 +120,17 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         problem = f'cannot write {error.filename or "output"}: {error.strerror}'
         return StorageError.exit_code, f'{problem}; free space and start again'
-    if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):  # XLA's, which is not imported here
+    if is_out_of_memory(error):
         return 1, (
             'the device is out of memory; set a smaller --config.batch_size or --config.evaluation_batch_size, or a '
             'larger --config.accumulate_steps'
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is XLA's (which is not imported here) of a device that has no more memory."""
+    return isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -149,7 +149,9 @@ def _leaves(tensors: Any) -> list[Tensor]:
 
 
 def _is_finite(value: np.ndarray) -> bool:
-    return np.issubdtype(value.dtype, np.floating) and bool(np.isfinite(value).all())
+    """Whether these are floating-point numbers, all of which float32 can hold."""
+    with np.errstate(over='ignore'):
+        return np.issubdtype(value.dtype, np.floating) and bool(np.isfinite(value.astype(np.float32)).all())
 
 
 def import_weights(setup: Setup, weights: Path, workdir: Path) -> None:

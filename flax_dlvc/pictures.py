@@ -48,11 +48,12 @@ def seen_in_training(config: ConfigDict, dataset: data.Dataset) -> tuple[np.ndar
 
     from flax_dlvc import augment, steps
 
-    augmentation = augment.in_training(config.augment, dataset.mean, len(dataset.train) // config.batch_size)
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    augmentation = augment.make_batch_augmentation(config.augment, dataset.mean, steps_per_epoch)
 
     def first_batch(seed: jax.Array, images: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         _, key, _ = steps.keys_of(seed)
-        return steps.augment_batch(key, images, indices, jax.numpy.int32(0), **augmentation)
+        return augmentation(key, images, indices, jax.numpy.int32(0))
 
     indices = data.epoch_order(len(dataset.train), config.seed, 1)[: config.batch_size]
     with jax.default_device(device_for_drawing()):

@@ -255,7 +255,7 @@ def read_run(directory: Path, workdir: Path) -> Run:
         history=history,
         result=result,
         evaluation=evaluation,
-        data=rundir.read_dataset(workdir).describe() if (workdir / 'dataset.json').exists() else {},
+        data=rundir.read_description(workdir) if (workdir / 'dataset.json').exists() else {},
         failure='' if result else rundir.read_failure(workdir),
     )
 

@@ -148,7 +148,7 @@ def check_dataset(workdir: Path, dataset: data.Dataset) -> None:
     Raises:
         ConfigError: it has changed since, or dataset.json is missing or damaged.
     """
-    if not data.is_same(read_dataset(workdir).describe(), dataset.describe(), tolerance=1e-12):
+    if not data.is_same(read_description(workdir), dataset.describe(), tolerance=1e-12):
         path = workdir / 'dataset.json'
         raise ConfigError(
             f'{dataset.name} is not what {path} says of it any more; bring back what the run began with, '
@@ -162,9 +162,20 @@ def read_dataset(workdir: Path) -> data.Dataset:
     Raises:
         ConfigError: dataset.json is missing or damaged.
     """
+    return data.without_examples(read_description(workdir))
+
+
+def read_description(workdir: Path) -> dict[str, Any]:
+    """What dataset.json holds, which is what `data.Dataset.describe` said.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
     path = workdir / 'dataset.json'
     try:
-        return data.without_examples(json.loads(path.read_text()))
+        description: dict[str, Any] = json.loads(path.read_text())
+        data.without_examples(description)
+        return description
     except FileNotFoundError as error:
         raise ConfigError(f'{workdir} has no dataset.json; is it a run directory?') from error
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

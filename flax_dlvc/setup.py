@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
-from flax_dlvc.augment import in_training
+from flax_dlvc.augment import make_batch_augmentation
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
@@ -96,9 +96,9 @@ class Setup:
             mean=self.dataset.mean,
             std=self.dataset.std,
             label_smoothing=self.config.label_smoothing,
+            augment=make_batch_augmentation(self.config.augment, self.dataset.mean, self.steps_per_epoch),
             ema_decay=self.config.ema_decay,
             accumulate_steps=self.config.accumulate_steps,
-            **in_training(self.config.augment, self.dataset.mean, self.steps_per_epoch),
             devices=self.devices,
         )
 
@@ -260,7 +260,20 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
             f'accumulate_steps {config.accumulate_steps} does not divide the {config.batch_size // len(devices)} '
             'examples that each device has in a step; set --config.accumulate_steps'
         )
-    return Setup(config, dataset, devices)
+    part = config.batch_size // len(devices) // config.accumulate_steps
+    if part == 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
+        raise ConfigError(
+            'mixup and cutmix mix the images that a device has at a time, and that is one; set a larger '
+            '--config.batch_size or a smaller --config.accumulate_steps'
+        )
+    setup = Setup(config, dataset, devices)
+    for field, epochs in (
+        ('num_epochs', config.num_epochs),
+        ('optimizer.whitening_bias_epochs', config.optimizer.whitening_bias_epochs),
+    ):
+        if epochs * setup.steps_per_epoch >= 2**31:
+            raise ConfigError(f'{field} {epochs} is too many: steps are counted in 31 bits; set --config.{field}')
+    return setup
 
 
 def _commit() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from flax_dlvc.augment import Augmentation, Mixing, alternating_mirror, evaluation_views
+from flax_dlvc.augment import BatchAugmentation, augment_batch, evaluation_views
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Predictions, Sums, cross_entropy
 
@@ -121,37 +121,6 @@ def keys_of(seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return init_key, augmentation_key, dropout_key
 
 
-def augment_batch(
-    key: jax.Array,
-    images: jax.Array,
-    indices: jax.Array,
-    step: jax.Array,
-    augmentation: Augmentation | None,
-    mirror_period: int,
-    mixing: Mixing | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """A batch (B, H, W, C) uint8 as a step sees it before normalisation.
-
-    `indices` (B,) are the examples' places in the training split. The other arguments are the step's
-    number, its key of augmentation, and as in `make_train_step`.
-
-    Returns:
-        The images (B, H, W, C) on the scale [0, 1], and each one's own share (B,), None where they are not mixed.
-    """
-    batch = images.astype(jnp.float32) / 255
-    if mirror_period:
-        batch = alternating_mirror(key, batch, indices, step // mirror_period)
-    step_key = jax.random.fold_in(key, step)
-    if augmentation is not None:
-        example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
-        batch = jax.vmap(augmentation)(example_keys, batch)
-    if mixing is None:
-        return batch, None
-    # A key per part of a batch, by its first example, and none that an example itself has.
-    mixing_key = jax.random.fold_in(step_key, jnp.iinfo(jnp.uint32).max)
-    return mixing(jax.random.fold_in(mixing_key, indices[0]), batch)
-
-
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
     """The sharding of the state (over all devices) and of a split (over this process's): a copy on every device."""
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
@@ -162,14 +131,12 @@ def make_train_step(
     *,
     model: nn.Module,
     make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
-    augmentation: Augmentation | None,
     mean: Sequence[float],
     std: Sequence[float],
     label_smoothing: float,
+    augment: BatchAugmentation = augment_batch,
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
-    mirror_period: int = 0,
-    mixing: Mixing | None = None,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
     """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
@@ -182,14 +149,12 @@ def make_train_step(
     Args:
         model: maps float images (B, H, W, C) to logits (B, K).
         make_optimizer: maps the learning rate to what turns averaged gradients into updates.
-        augmentation: applied to each image in [0, 1], before normalisation.
         mean: per channel, on the scale [0, 1].
         std: per channel, on the scale [0, 1].
         label_smoothing: probability mass spread over all classes; the reported loss contains it.
+        augment: applied to each part of a batch, before normalisation; labels are mixed as it says.
         ema_decay: of the moving averages of parameters and batch statistics, per step; 0 keeps none.
         accumulate_steps: parts that each device's batch is cut into, one after the other, their gradients averaged.
-        mirror_period: steps of an epoch, in each of which `alternating_mirror` goes the other way; 0 is without it.
-        mixing: applied to each device's batch after augmentation; labels are mixed likewise.
         devices: to run on; the state and the split must be replicated over them.
 
     Returns:
@@ -214,9 +179,7 @@ def make_train_step(
         state: TrainState, images: jax.Array, labels: jax.Array, indices: jax.Array, keys: tuple[jax.Array, jax.Array]
     ) -> tuple[Any, Sums, Any]:
         augmentation_key, dropout_key = keys
-        batch, share = augment_batch(
-            augmentation_key, images[indices], indices, state.step, augmentation, mirror_period, mixing
-        )
+        batch, share = augment(augmentation_key, images[indices], indices, state.step)
         gradient_function = jax.grad(loss_function, has_aux=True)
         gradients, (sums, batch_stats) = gradient_function(
             state.params, state, normalize(batch, mean, std), labels[indices], share, dropout_key

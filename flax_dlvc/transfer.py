@@ -1,5 +1,6 @@
 """Trained models between run directories: out of one without its dataset, into a new one."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,15 @@ def save_as_run(workdir: Path, setup: Setup, variables: dict[str, Any]) -> None:
     state = with_variables(setup.create_state(), variables)
     rundir.create(workdir, setup.config)
     rundir.write_dataset(workdir, setup.dataset)
-    with rundir.lock(workdir), Checkpoints(workdir) as checkpoints:
-        checkpoints.save(state, Progress(best_step=0))
-        checkpoints.wait()
+    with rundir.lock(workdir):
+        try:
+            with Checkpoints(workdir) as checkpoints:
+                checkpoints.save(state, Progress(best_step=0))
+                checkpoints.wait()
+        except BaseException:  # what is left would pass for a run
+            shutil.rmtree(workdir / 'checkpoints', ignore_errors=True)
+            (workdir / 'config.json').unlink()
+            raise
 
 
 def with_variables(state: steps.TrainState, variables: dict[str, Any]) -> steps.TrainState:

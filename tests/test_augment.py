@@ -15,10 +15,12 @@ from flax_dlvc.augment import (
     NUM_STRENGTHS,
     alternating_mirror,
     apply_operation,
+    augment_batch,
     cutmix,
     cutout,
     evaluation_views,
     make_augmentation,
+    make_batch_augmentation,
     make_mixing,
     mixup,
     random_mirror,
@@ -217,7 +219,57 @@ def make_config(crop, mirror):
 
 
 def test_no_augmentation():
-    assert make_augmentation(make_config(False, False), MEAN) is None
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    augmentation = make_batch_augmentation(make_config(False, False), MEAN, 10)
+    seen, shares = augmentation(jax.random.key(0), images, np.arange(2), jnp.int32(3))
+    np.testing.assert_allclose(seen, images / 255, rtol=1e-6)
+    assert shares is None and seen.dtype == np.float32
+
+
+def test_examples_and_steps_are_augmented_differently():
+    """Each image becomes its random number, which is that of its step and of its place in the split."""
+
+    def seen(step, indices):
+        images = np.zeros((8, 4, 4, 3), np.uint8)
+        mark = lambda key, image: jnp.full_like(image, jax.random.uniform(key))  # noqa: E731
+        batch, _ = augment_batch(jax.random.key(3), images, indices, jnp.int32(step), augmentation=mark)
+        return np.asarray(batch)[:, 0, 0, 0]
+
+    first, second = seen(0, np.arange(8)), seen(1, np.arange(8))
+    assert len(np.unique([first, second])) == 16
+    np.testing.assert_array_equal(seen(0, np.arange(8)[::-1]), first[::-1])
+
+
+def test_what_mixes_a_batch_has_a_key_of_its_step_and_part_that_no_example_has():
+    def mark(key, image):
+        """Pixels become the random numbers of the keys that an example has or may make of its own."""
+        keys = [key, *jax.random.split(key), *(jax.random.fold_in(key, number) for number in range(5))]
+        numbers = jnp.stack([jax.random.uniform(each) for each in keys])
+        return image.reshape(-1).at[: len(keys)].set(numbers).reshape(image.shape)
+
+    def mixing(key, batch):
+        return batch, jnp.full(len(batch), jax.random.uniform(key))
+
+    def seen(step, indices):
+        images = np.zeros((8, 4, 4, 3), np.uint8)
+        key = jax.random.key(3)
+        return augment_batch(key, images, indices, jnp.int32(step), augmentation=mark, mixing=mixing)
+
+    marked, shares = seen(0, np.arange(8))
+    assert not np.isin(shares, marked.reshape(8, -1)[:, :8]).any()
+    others = [seen(0, np.arange(8, 16))[1][0], seen(1, np.arange(8))[1][0]]
+    assert len(np.unique([shares[0], *others])) == 3
+
+
+def test_the_mirror_alternates_with_the_first_step_of_an_epoch():
+    config = make_config(False, False)
+    config.alternating_mirror = True
+    augmentation = make_batch_augmentation(config, MEAN, 3)
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    seen = [np.asarray(augmentation(jax.random.key(0), images, np.arange(8), jnp.int32(step))[0]) for step in range(7)]
+    for step in range(7):
+        epoch = step // 3
+        np.testing.assert_array_equal(seen[step], seen[0] if epoch % 2 == 0 else seen[0][:, :, ::-1])
 
 
 @pytest.mark.parametrize(('crop', 'mirror'), [(True, False), (False, True), (True, True)])

@@ -11,7 +11,7 @@ import pytest
 
 from flax_dlvc import steps
 from flax_dlvc.checkpoint import Checkpoints, Progress, inspect, versions
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.models import create_model
 from flax_dlvc.stopping import Stopping
 
@@ -159,6 +159,58 @@ def test_a_missing_step_is_named_with_those_there_are(tmp_path):
         checkpoints.find('newest')
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10), make_progress(1, 1))
+    (tmp_path / 'checkpoints' / '10').rename(tmp_path / 'checkpoints' / '20')
+    with pytest.raises(ConfigError, match=r'step 20 is damaged .* or of another step'):
+        restore(tmp_path, 20)
+
+
+def test_what_a_killed_process_left_of_a_save_is_removed(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(10), make_progress(1, 1))
+    left = tmp_path / 'checkpoints' / '20.orbax-checkpoint-tmp-0'
+    shutil.copytree(tmp_path / 'checkpoints' / '10', left)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == [10]
+    assert left.exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(20), make_progress(2, 1))
+    assert not left.exists()
+
+
+def test_a_last_save_that_fails_is_said_unless_something_else_is(tmp_path):
+    def fail():
+        raise OSError('no room')
+
+    def leave(workdir):
+        with Checkpoints(workdir) as checkpoints:
+            close, checkpoints._manager.close = checkpoints._manager.close, fail
+            yield
+        close()
+
+    with pytest.raises(StorageError, match=r'cannot save to .*\(no room\)'):
+        list(leave(tmp_path / 'well'))
+    with pytest.raises(KeyError):
+        leaving = leave(tmp_path / 'otherwise')
+        next(leaving)
+        leaving.throw(KeyError())
+
+
+def test_rewinding_removes_what_is_newer_than_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=3) as checkpoints:
+        checkpoints.rewind()  # nothing is there yet
+        for epoch in (1, 2, 3):
+            checkpoints.save(make_state(10 * epoch), make_progress(epoch, min(2, epoch)))
+        checkpoints.rewind()
+        assert (checkpoints.steps, checkpoints.find('best')) == ([10, 20], 20)
+    with Checkpoints(tmp_path / 'first epoch') as checkpoints:
+        checkpoints.save(make_state(5), Progress())
+        checkpoints.rewind()
+        assert checkpoints.steps == []
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make_state(10), make_progress(1, 1))
@@ -240,6 +292,15 @@ def test_an_emptied_checkpoint_is_set_aside(two_checkpoints, tmp_path):
     (workdir / 'checkpoints' / '20').mkdir()
     state, _ = restore_latest(workdir)
     assert int(state.step) == 10
+
+
+def test_a_step_that_is_damaged_again_is_set_aside_beside_the_first(two_checkpoints, tmp_path):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / 'run')
+    for name in ('20', '20x'):
+        shutil.rmtree(workdir / 'checkpoints' / '20', ignore_errors=True)
+        shutil.copytree(workdir / 'checkpoints' / '10', workdir / 'checkpoints' / '20')
+        restore_latest(workdir)
+        assert (workdir / 'damaged' / name).is_dir()
 
 
 def test_where_none_is_whole_nothing_is_changed(two_checkpoints, tmp_path):

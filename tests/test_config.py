@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import configs
 from configs import default
 from flax_dlvc.config import (
+    BATCH_NORM_MODELS,
     MODEL_FIELDS,
     differing_fields,
     flatten,
@@ -412,21 +413,58 @@ def test_refused_config_file(parse, tmp_path, text, match):
     refused(match, parse, '--config', path)
 
 
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'embed_dim': 20}, 'embed_dim must be divisible by model.num_heads'),
+        ({'patch_stem': 'convolutional', 'patch_size': 3}, 'patch_size must be even'),
+        ({'patch_stem': 'convolutional', 'embed_dim': 2, 'num_heads': 1}, 'set 4 or more'),
+    ],
+)
+def test_a_vit_that_cannot_be_built_is_refused_and_does_not_matter_to_others(fields, message):
+    config = default.get_config()
+    config.model.update(fields)
+    validate(config)
+    config.model.name = 'vit'
+    refused(message, validate, config)
+
+
+def test_muon_does_not_train_the_vit():
+    config = with_field('optimizer.name', 'muon')
+    validate(config)
+    config.model.name = 'vit'
+    refused("optimizer.name 'muon' trains convolutions", validate, config)
+
+
 def test_fields_of_other_models_and_of_what_is_off_have_no_effect():
     config = with_field('model.name', 'resnet18')
     crops = {'augment.random_resized_crop_scale', 'augment.random_resized_crop_ratio'}
-    assert without_effect(config) == {f'model.{field}' for field in config.model} - {'model.name', 'model.stem'} | crops
+    others = {f'model.{field}' for field in config.model} - {'model.name', 'model.stem'}
+    muons = ('newton_schulz_steps', 'sgd_momentum', 'classifier_factor', 'bias_factor', 'whitening_bias_epochs')
+    of_adamw = {'optimizer.momentum', *(f'optimizer.{field}' for field in muons)}
+    assert without_effect(config) == others | crops | of_adamw
     config.augment.random_resized_crop = True
     config.schedule.name = 'one_cycle'
-    assert without_effect(config) & (crops | {'schedule.warmup_epochs'}) == {'schedule.warmup_epochs'}
+    assert without_effect(config) == others | of_adamw | {'schedule.decay_per_epoch', 'schedule.warmup_epochs'}
+    config.model.name, config.schedule.name, config.optimizer.name = 'cnn', 'exponential', 'muon'
+    config.splits.validation = ''
+    idle = {'synchronize_batch_norm', 'early_stopping.metric', 'early_stopping.min_delta'}
+    assert without_effect(config) == others | {'model.stem', 'optimizer.whitening_bias_epochs'} | idle
+    config.model.name = 'airbench'
+    assert without_effect(config) == others - {'model.widths', 'model.depth'} | {'model.stem'} | idle - {
+        'synchronize_batch_norm'
+    }
 
 
 def test_the_fields_of_each_model_are_those_that_it_takes():
     from flax_dlvc.models import MODELS
 
     options = set(default.get_config().model) - {'name'}
-    taken = {name: options & inspect.signature(model).parameters.keys() for name, model in MODELS.items()}
-    assert taken == {name: set(fields) for name, fields in MODEL_FIELDS.items()}
+    parameters = {name: inspect.signature(model).parameters.keys() for name, model in MODELS.items()}
+    assert {name: options & taken for name, taken in parameters.items()} == {
+        name: set(fields) for name, fields in MODEL_FIELDS.items()
+    }
+    assert {name for name, taken in parameters.items() if 'batch_norm_axis' in taken} == {*BATCH_NORM_MODELS}
 
 
 def test_differing_fields():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL_RUN
+from safetensors.numpy import save_file
 
 from flax_dlvc import interop
 from flax_dlvc.errors import ConfigError
@@ -31,6 +32,17 @@ def test_importing_what_was_exported_is_the_identity(tmp_path, small_vit_config)
     weights['extra'] = weights.pop('mlp_head.1.bias')
     with pytest.raises(ConfigError, match=r'missing: mlp_head\.1\.bias; surplus: extra; misshapen: cls_token is'):
         interop.from_torch(setup, weights)
+
+
+@pytest.mark.parametrize('value', [np.float64(1e300), np.float32(np.nan), np.int64(1)])
+def test_weights_that_float32_cannot_hold_are_refused(tmp_path, small_vit_config, value):
+    setup = set_up(small_vit_config)
+    weights = interop.to_torch(setup, setup.create_state().variables)
+    weights['cls_token'] = np.full(weights['cls_token'].shape, value)
+    save_file(weights, tmp_path / 'w.safetensors')
+    with pytest.raises(ConfigError, match=r'not finite numbers: cls_token$'):
+        interop.import_weights(setup, tmp_path / 'w.safetensors', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 # The logits of one image, by PyTorch 2.13, for the weights of `numbered_weights`; the second test below compares anew.

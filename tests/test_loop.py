@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from clu.metrics import Average
 from conftest import SMALL_RUN, check_same_run, read_events, read_history, restore_latest
 
 from flax_dlvc import loop, pictures, rundir, transfer
@@ -16,6 +18,7 @@ from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.data import load
 from flax_dlvc.errors import ConfigError, DivergedError, StoppedError
 from flax_dlvc.evaluate import evaluate_checkpoint
+from flax_dlvc.metrics import ConfusionMatrix, Sums
 from flax_dlvc.setup import Setup, set_up
 
 
@@ -72,6 +75,7 @@ def test_a_run_leaves_what_the_interface_promises(finished_run):
         'stopped_early': False,
     }
     assert result['num_parameters'] == 620_362
+    assert int(restore_latest(workdir).sums.loss.count) == 4 * 64  # of the last epoch alone
     assert set(result['test']) == {
         'accuracy',
         'mean_class_accuracy',
@@ -361,11 +365,33 @@ def test_a_finished_run_that_is_given_more_epochs_ends_with_the_same_bits(random
 
 def test_saves_within_an_epoch(small_config, tmp_path):
     small_config.num_epochs = 1
+    small_config.batch_size = 32  # nine steps
     small_config.keep_checkpoints = 10
-    small_config.checkpoint_every_steps = 3
+    small_config.checkpoint_every_steps = 4
     loop.run(small_config, tmp_path)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints.steps == [3, 4]
+        assert checkpoints.steps == [4, 8, 9]
+
+
+def test_the_speed_is_that_of_all_calls_but_the_first(small_config, monkeypatch):
+    seconds = iter([0.0, 10.0, 10.5, 11.0])  # the first call is compiled
+    monkeypatch.setattr(loop, 'time', SimpleNamespace(perf_counter=lambda: next(seconds)))
+    setup = set_up(small_config)
+    sums = Sums(Average(total=1.0, count=1), ConfusionMatrix(np.eye(10, dtype=np.int32)))
+    monitor = loop.Monitor(setup, 0, loop.Display(num_epochs=1, steps_per_epoch=9))
+    for step in (3, 6, 9):
+        monitor.note(step, sums)
+    assert monitor.finish() == (9 - 3) * 64 / (11.0 - 10.0)
+
+
+def test_a_run_goes_on_without_what_it_began_with(finished_run, tmp_path):
+    config, workdir, _ = finished_run
+    config = config.copy_and_resolve_references()
+    config.init_from, config.num_epochs = str(shutil.copytree(workdir, tmp_path / 'origin')), 1
+    loop.run(config, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'origin')
+    config.num_epochs = 2
+    assert loop.run(config, tmp_path / 'run')['epochs_run'] == 2
 
 
 def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, tmp_path, capsys):
@@ -375,12 +401,14 @@ def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, t
     small_config.num_epochs = 1
     with pytest.raises(DivergedError, match=r'go on with --config.on_divergence=rewind'):
         loop.run(small_config, tmp_path / 'many')
+    assert (tmp_path / 'many' / 'failure.json').exists()
     small_config.on_divergence = 'rewind'
     small_config.max_rewinds = 20
     result = loop.run(small_config, tmp_path / 'many')
     assert 1 <= result['rewinds'] <= 20
     (record,) = read_history(tmp_path / 'many')
     assert record['learning_rate'] == pytest.approx(40 / 2 ** result['rewinds'])
+    assert not (tmp_path / 'many' / 'failure.json').exists()
     output = capsys.readouterr().out
     assert output.count('rewind ') == result['rewinds'] and 'go on with' not in output
 
@@ -408,6 +436,11 @@ def test_where_a_run_rewinds_to_does_not_depend_on_how_often_it_saves(small_conf
         )
         histories.append([{**record, 'images_per_second': 0} for record in read_history(tmp_path / str(every))])
     assert histories[0] == histories[1]
+
+    small_config.num_epochs = 6  # it goes on at the rate that it came to
+    longer = loop.run(small_config, tmp_path / '0')
+    assert longer['rewinds'] >= result['rewinds']
+    assert read_history(tmp_path / '0')[5]['learning_rate'] == pytest.approx(2 / 2 ** longer['rewinds'])
 
     logged = {}  # as TensorBoard shows it
     for event in read_events(tmp_path / '1'):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from configs import default
+from flax_dlvc.config import OPTIMIZER_FIELDS, SCHEDULE_FIELDS
 from flax_dlvc.models import create_model
 from flax_dlvc.optim import make_optimizer, make_schedule, muon_groups, named
 
@@ -25,6 +26,43 @@ def make_config(**fields):
 def rates(steps, **fields):
     schedule = make_schedule(make_config(**fields), STEPS, 0.5)
     return [float(schedule(step)) for step in steps]
+
+
+def test_the_fields_of_each_schedule_are_those_that_it_takes():
+    def program(**fields):
+        return str(jax.make_jaxpr(make_schedule(make_config(**fields), STEPS, 0.5))(jnp.int32(3)))
+
+    other = {'decay_per_epoch': 0.7, 'warmup_epochs': 2.0}
+    assert {name: {*fields} for name, fields in SCHEDULE_FIELDS.items()} == {
+        name: {
+            field
+            for field, value in other.items()
+            if program(**{'schedule.name': name, f'schedule.{field}': value}) != program(**{'schedule.name': name})
+        }
+        for name in SCHEDULE_FIELDS
+    }
+
+
+def test_the_fields_of_each_optimizer_are_those_that_it_takes():
+    params = {
+        'whitening': {'bias': jnp.ones(3)},
+        'convolution': {'kernel': jnp.ones((3, 3, 2, 4))},
+        'classifier': {'kernel': jnp.ones((4, 2)), 'bias': jnp.ones(2)},
+    }
+
+    def program(**fields):
+        optimizer = make_optimizer(make_config(**fields), STEPS, 0.5)
+        return str(jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params))
+
+    other = {
+        'momentum': 0.7, 'weight_decay': 0.3, 'gradient_clip_norm': 1.0, 'newton_schulz_steps': 5, 'sgd_momentum': 0.6,
+        'classifier_factor': 2.0, 'bias_factor': 3.0, 'whitening_bias_epochs': 1.0,
+    }  # fmt: skip
+    assert {'name', *other} == {*default.get_config().optimizer}
+    for name, taken in OPTIMIZER_FIELDS.items():
+        usual = program(**{'optimizer.name': name})
+        changing = {f for f in other if program(**{'optimizer.name': name, f'optimizer.{f}': other[f]}) != usual}
+        assert changing == {*taken}
 
 
 def test_constant():

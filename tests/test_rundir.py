@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import fcntl
 import json
@@ -11,6 +12,7 @@ import pytest
 from configs import default
 from flax_dlvc import config as config_module
 from flax_dlvc import rundir
+from flax_dlvc.config import SCHEDULE_FIELDS
 from flax_dlvc.errors import ConfigError, StorageError
 
 TEST = {'accuracy': 0.5, 'mean_class_accuracy': 0.5, 'cross_entropy': 1.5, 'per_class_accuracy': [0.5, 0.5, None]}
@@ -67,6 +69,21 @@ def test_a_dataset_may_differ_by_rounding_alone(workdir, digits):
             rundir.check_dataset(workdir, digits)
         else:
             refused('digits is not what .*dataset.json says', rundir.check_dataset, workdir, digits)
+
+
+def test_a_dataset_with_other_labels_is_another_one(workdir, digits):
+    """Such as the same files in other classes: as many images, of the same mean."""
+    rundir.write_dataset(workdir, digits)
+    labels = digits.test.labels.copy()
+    labels[[3, 4]] = labels[[4, 3]]
+    relabelled = dataclasses.replace(digits, test=dataclasses.replace(digits.test, labels=labels))
+    refused('digits is not what .*dataset.json says', rundir.check_dataset, workdir, relabelled)
+
+    path = workdir / 'dataset.json'
+    said = json.loads(path.read_text())
+    del said['labels_crc32']  # as a version before wrote it
+    path.write_text(json.dumps(said))
+    rundir.check_dataset(workdir, digits)
 
 
 def test_a_failure_that_cannot_be_removed_is_named(workdir):
@@ -174,11 +191,15 @@ def test_an_unfinished_run_may_be_given_fewer_epochs_than_it_was_to_have(workdir
     refused('differs in num_epochs;', rundir.check, workdir, config)
 
 
-def test_another_number_of_epochs_is_another_run_where_the_schedule_ends_with_the_last(tmp_path, config):
-    config.schedule.name = 'cosine'
+@pytest.mark.parametrize('name', SCHEDULE_FIELDS)
+def test_another_number_of_epochs_is_another_run_where_the_schedule_ends_with_the_last(tmp_path, config, name):
+    config.schedule.name = name
     rundir.create(tmp_path, config)
     config.num_epochs += 1
-    refused('differs in num_epochs;', rundir.check, tmp_path, config)
+    if name in ('constant', 'exponential'):
+        assert rundir.check(tmp_path, config) is None
+    else:
+        refused('differs in num_epochs;', rundir.check, tmp_path, config)
 
 
 def test_adopting_another_number_of_epochs(workdir, config):

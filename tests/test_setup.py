@@ -1,5 +1,6 @@
 """What a config and a dataset become: models that fit the images; one compilation for all seeds and learning rates."""
 
+import dataclasses
 import functools
 import logging
 
@@ -13,6 +14,7 @@ from flax_dlvc import data, steps
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.evaluate import evaluate
 from flax_dlvc.models import MODELS
+from flax_dlvc.models.airbench import whitening_kernel
 from flax_dlvc.setup import Setup, set_up
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -116,6 +118,53 @@ def test_the_training_program_has_every_field(field, small_vit_config, default_p
     config = small_vit_config.copy_and_resolve_references()
     config.update_from_flattened_dict({field: IN_THE_TRAINING_PROGRAM[field]})
     assert training_program(config) != default_program
+
+
+def test_the_training_step_is_made_of_what_config_and_dataset_say(small_config, monkeypatch):
+    small_config.label_smoothing, small_config.ema_decay, small_config.accumulate_steps = 0.1, 0.9, 2
+    setup = set_up(small_config)
+    monkeypatch.setattr(steps, 'make_train_step', lambda **arguments: arguments)
+    made = setup._train_step
+    assert (made['label_smoothing'], made['ema_decay'], made['accumulate_steps']) == (0.1, 0.9, 2)
+    assert (made['mean'], made['std']) == (setup.dataset.mean, setup.dataset.std)
+
+
+def test_each_epoch_has_an_order_of_its_own(small_config):
+    setup = set_up(small_config)
+    first, second = (np.concatenate(setup.training_calls(epoch), axis=1).reshape(-1) for epoch in (1, 2))
+    assert len(first) == len(second) == 4 * 64 and not np.array_equal(first, second)
+    np.testing.assert_array_equal(setup.training_calls(2, 3)[0].reshape(-1), second[3 * 64 :])
+
+
+def test_a_model_that_begins_from_data_sees_all_images_of_a_small_dataset(small_config):
+    small_config.model.name, small_config.model.widths = 'airbench', (4, 4, 4)
+    setup = set_up(small_config)
+    noise = np.random.default_rng(0).integers(0, 256, setup.dataset.train.images.shape, np.uint8)
+    train = data.Split(noise, setup.dataset.train.labels)
+    setup = dataclasses.replace(setup, dataset=dataclasses.replace(setup.dataset, train=train))
+    images = (noise / np.float32(255) - np.float32(setup.dataset.mean)) / np.float32(setup.dataset.std)
+    kernels = [setup.create_state().batch_stats['whitening']['kernel']]
+    kernels += [jax.jit(whitening_kernel, static_argnums=1)(seen, 2) for seen in (images, images[:1])]
+    # What does not depend on the signs of eigenvectors, and on the order of those of one eigenvalue.
+    found, of_all, of_one = (flat @ flat.T for flat in (np.asarray(kernel).reshape(12, 24) for kernel in kernels))
+    assert np.abs(found - of_all).max() < 0.01 * np.abs(found - of_one).max()
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'num_devices': 2, 'batch_size': 63}, 'batch_size 63 is not divisible by the 2 devices'),
+        ({'num_devices': 2, 'accumulate_steps': 64}, 'accumulate_steps 64 does not divide the 32 examples'),
+        ({'num_devices': 2, 'accumulate_steps': 32, 'augment.mixup_alpha': 0.2}, 'mixup and cutmix mix the images'),
+        ({'batch_size': 1, 'augment.cutmix_alpha': 1.0}, 'mixup and cutmix mix the images'),
+        ({'num_epochs': 10**9, 'schedule.name': 'linear'}, 'num_epochs 1000000000 is too many'),
+        ({'optimizer.whitening_bias_epochs': 1e12}, r'optimizer.whitening_bias_epochs 1000000000000\.0 is too many'),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_compiled(small_config, fields, message):
+    small_config.update_from_flattened_dict(fields)
+    with pytest.raises(ConfigError, match=message):
+        set_up(small_config)
 
 
 def test_batch_norm_is_synchronized_where_the_config_says_so(small_config):

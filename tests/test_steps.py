@@ -1,5 +1,8 @@
 """The training and evaluation steps: devices, keys, gradients."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 from flax_dlvc import data, steps
+from flax_dlvc.augment import augment_batch
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Predictions, Sums, cross_entropy, summarize
 from flax_dlvc.models import create_model
@@ -44,10 +48,9 @@ def train(
     num_devices,
     steps_per_call=1,
     num_steps=10,
-    augmentation=None,
+    augment=augment_batch,
     learning_rate=0.05,
     accumulate_steps=1,
-    mixing=None,
     batch_size=BATCH_SIZE,
     ema_decay=0.0,
     same_batch=False,
@@ -60,12 +63,11 @@ def train(
     train_step = steps.make_train_step(
         model=model,
         make_optimizer=optax.sgd,
-        augmentation=augmentation,
         mean=MEAN,
         std=STD,
         label_smoothing=0.0,
+        augment=augment,
         accumulate_steps=accumulate_steps,
-        mixing=mixing,
         ema_decay=ema_decay,
         devices=devices,
     )
@@ -93,47 +95,17 @@ def test_two_devices_train_like_one(split):
     assert_trees_close(one.params, two.params, 1e-5)
 
 
-def dim(key, image):
-    """An augmentation: an image at a random brightness."""
-    return image * jax.random.uniform(key)
+# Each image at a random brightness.
+dim = partial(augment_batch, augmentation=lambda key, image: image * jax.random.uniform(key))
 
 
 def test_augmentation_does_not_depend_on_the_number_of_devices(split):
     model = make_model()
-    _, losses_of_one = train(split, model=model, num_devices=1, augmentation=dim)
-    _, losses_of_two = train(split, model=model, num_devices=2, augmentation=dim)
+    _, losses_of_one = train(split, model=model, num_devices=1, augment=dim)
+    _, losses_of_two = train(split, model=model, num_devices=2, augment=dim)
     _, without = train(split, model=model, num_devices=1)
     np.testing.assert_allclose(losses_of_two, losses_of_one, rtol=1e-5)
     assert np.abs(losses_of_one - without).min() > 1e-4
-
-
-def test_augmentation_differs_between_examples_and_steps(split):
-    """Each image becomes its random number, which is that of its step and of its place in the split."""
-
-    def seen(step, indices):
-        key = steps.keys_of(3)[1]
-        images = split.images[indices]
-        mark = lambda key, image: jnp.full_like(image, jax.random.uniform(key))  # noqa: E731
-        return np.asarray(steps.augment_batch(key, images, indices, jnp.int32(step), mark, 0, None)[0])[:, 0, 0, 0]
-
-    first, second = seen(0, np.arange(8)), seen(1, np.arange(8))
-    assert len(np.unique([first, second])) == 16
-    np.testing.assert_array_equal(seen(0, np.arange(8)[::-1]), first[::-1])
-
-
-def test_what_mixes_a_batch_has_a_key_that_no_example_has(split):
-    def mark(key, image):
-        """Pixels become the random numbers of the keys that an example has or may make of its own."""
-        keys = [key, *jax.random.split(key), *(jax.random.fold_in(key, number) for number in range(5))]
-        numbers = jnp.stack([jax.random.uniform(each) for each in keys])
-        return image.reshape(-1).at[: len(keys)].set(numbers).reshape(image.shape)
-
-    def mixing(key, batch):
-        return batch, jnp.full(len(batch), jax.random.uniform(key))
-
-    key, indices = steps.keys_of(3)[1], np.arange(8)
-    marked, shares = steps.augment_batch(key, split.images[indices], indices, jnp.int32(0), mark, 0, mixing)
-    assert not np.isin(shares, marked.reshape(8, -1)[:, :8]).any()
 
 
 def test_each_training_step_augments_anew(split):
@@ -141,7 +113,7 @@ def test_each_training_step_augments_anew(split):
     arguments = {'model': make_model(), 'num_devices': 1, 'learning_rate': 0.0, 'same_batch': True}
     _, without = train(split, **arguments)
     assert np.ptp(without) < 1e-5
-    _, losses = train(split, **arguments, augmentation=dim)
+    _, losses = train(split, **arguments, augment=dim)
     assert np.diff(np.sort(losses)).min() > 1e-5
 
 
@@ -154,7 +126,7 @@ def test_labels_are_mixed_as_the_images_are(split):
         return weight * images + (1 - weight) * jnp.roll(images, 1, axis=0), share
 
     model = make_model()
-    _, losses = train(split, model=model, num_devices=1, num_steps=1, mixing=mixing)
+    _, losses = train(split, model=model, num_devices=1, num_steps=1, augment=partial(augment_batch, mixing=mixing))
     indices = data.epoch_order(NUM_EXAMPLES, 3, 1)[:BATCH_SIZE]
     images, labels, share = split.images[indices] / 255, split.labels[indices], np.linspace(0.1, 1.0, BATCH_SIZE)
     weight = share[:, None, None, None]
@@ -234,6 +206,40 @@ def test_dropout_differs_between_steps_and_devices(split):
     assert np.abs(losses_of_two - losses).max() > 1e-3  # else the second device has the masks of the first
 
 
+class Masked(nn.Module):
+    """Logits are means of scales, half of which are dropped, whatever the image."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        scale = self.param('scale', nn.initializers.ones, (NUM_CLASSES, 100))
+        return nn.Dropout(0.5)(jnp.tile(scale, (len(x), 1, 1)), deterministic=not train).mean(axis=-1)
+
+
+def test_dropout_differs_between_the_parts_of_a_batch(split):
+    """Two parts of an image each move three quarters of the scales; with the same mask it were a half."""
+    state, _ = train(split, model=Masked(), num_devices=1, num_steps=1, accumulate_steps=2, batch_size=2)
+    moved = np.asarray(state.params['scale'] != 1).mean()
+    assert moved == pytest.approx(0.75, abs=0.07)
+
+
+class Counting(nn.Module):
+    """The statistic is ten times the one before, plus the first pixel of the part's first image."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        seen = self.variable('batch_stats', 'seen', lambda: jnp.zeros(()))
+        if train:
+            seen.value = 10 * seen.value + x[0, 0, 0, 0]
+        return nn.Dense(NUM_CLASSES)(x.reshape(len(x), -1))
+
+
+def test_each_part_of_a_batch_goes_on_with_the_statistics_of_the_part_before(split):
+    state, _ = train(split, model=Counting(), num_devices=1, num_steps=1, accumulate_steps=4, batch_size=8)
+    order = data.epoch_order(NUM_EXAMPLES, 3, 1)
+    first, second, third, last = (split.images[order[0:8:2], 0, 0, 0] / 255 - MEAN[0]) / STD[0]
+    assert float(state.batch_stats['seen']) == pytest.approx(1000 * first + 100 * second + 10 * third + last, rel=1e-4)
+
+
 def test_gradient_is_that_of_the_mean_loss_of_the_whole_batch(split):
     model = make_model()
     state = steps.create_state(model, optax.sgd(1.0), (8, 8, 3), NUM_CLASSES, seed=3)
@@ -271,7 +277,6 @@ def test_the_state_is_freed_and_the_sums_are_not(split):
     train_step = steps.make_train_step(
         model=model,
         make_optimizer=optax.sgd,
-        augmentation=None,
         mean=MEAN,
         std=STD,
         label_smoothing=0.0,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import cnn
-from flax_dlvc import data
+from flax_dlvc import data, rundir
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.setup import Setup
 from flax_dlvc.transfer import begin_from, load_trained, save_as_run
@@ -53,6 +53,18 @@ def test_what_fits_is_kept_and_the_rest_stays_as_initialised(trained):
     averaged = leaves(state.ema['params'])
     for name, value in begun.items():
         np.testing.assert_array_equal(averaged[name], value)
+
+
+def test_a_directory_whose_weights_cannot_be_saved_does_not_pass_for_a_run(tmp_path):
+    setup = make_setup(cnn.get_config(), num_classes=5, channels=3)
+    variables = jax.tree.map(lambda leaf: leaf * np.nan, setup.create_state().variables)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'notes.txt').write_text('mine')
+    with pytest.raises(FloatingPointError):
+        save_as_run(tmp_path / 'run', setup, variables)
+    assert rundir.check(tmp_path / 'run', setup.config) is None
+    assert not {'config.json', 'checkpoints'} & {path.name for path in (tmp_path / 'run').iterdir()}
+    assert (tmp_path / 'run' / 'notes.txt').exists()
 
 
 def test_nothing_fits(trained, small_vit_config):
