@@ -45,8 +45,9 @@ _COMPILE = """
 import sys, time
 import numpy as np
 from flax_dlvc.config import parse_command_line
+from flax_dlvc.main import make_parser
 from flax_dlvc import steps
-config = parse_command_line(['main', *sys.argv[1:]], lambda flags: None).config
+_, config = parse_command_line(make_parser(), sys.argv)
 from flax_dlvc.setup import set_up
 setup = set_up(config)
 indices = np.zeros((1, 1, config.batch_size), np.int32)

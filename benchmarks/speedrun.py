@@ -16,14 +16,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from benchmarks.results import Results, mean_and_error, spread
 from benchmarks.throughput import Contender, serve
 from benchmarks.utilization import count_flops
 from flax_dlvc import data
 from flax_dlvc.config import parse_command_line
-from flax_dlvc.errors import ConfigError, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, named_path, run_command
 from flax_dlvc.evaluate import evaluate
 from flax_dlvc.setup import Setup, set_up
 
@@ -107,21 +105,20 @@ def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Parses the command line, runs, prints."""
-
-    def define_flags(flag_values: flags.FlagValues) -> None:
-        flags.DEFINE_integer('runs', 50, 'Runs, of seeds 0, 1, …', lower_bound=0, flag_values=flag_values)
-        flags.DEFINE_string('peer', '', 'airbench94_muon.py, to run in turn.', flag_values=flag_values)
-        flags.DEFINE_string('output', '', 'Directory of benchmarks.json and .md.', flag_values=flag_values)
-
-    flag_values = parse_command_line(argv, define_flags)
-    script = Path(flag_values.peer) if flag_values.peer else None
-    if script is not None and not script.is_file():
-        raise ConfigError(f'--peer: {script} is not there')
-    if flag_values.output and not flag_values.runs:
+    parser = ArgumentParser('python -m benchmarks.speedrun', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--runs', type=int, default=50, help='of seeds 0, 1, …; 50 by default')
+    parser.add_argument('--peer', type=named_path, help='airbench94_muon.py, to run in turn')
+    parser.add_argument('--output', type=named_path, help='directory of benchmarks.json and .md')
+    arguments, config = parse_command_line(parser, argv)
+    if arguments.runs < 0:
+        raise ConfigError('--runs must be at least 0')
+    if arguments.peer and not arguments.peer.is_file():
+        raise ConfigError(f'--peer: {arguments.peer} is not there')
+    if arguments.output and not arguments.runs:
         raise ConfigError('--output keeps runs, and --runs=0 has none; leave one of them out')
-    results = compare(set_up(flag_values.config), flag_values.runs, script)
-    name = flag_values.config.name
-    for contender in ('ours', 'peer') if flag_values.runs else ():
+    results = compare(set_up(config), arguments.runs, arguments.peer)
+    name = config.name
+    for contender in ('ours', 'peer') if arguments.runs else ():
         if runs := results.get(contender):
             print(f'{name}, {contender}: {len(runs["seconds"])} runs on {results["device"]}')
             print(f'accuracy {mean_and_error(runs["accuracy"])} (mean and its standard error)')
@@ -130,8 +127,8 @@ def main(argv: list[str]) -> None:
     print(
         f'operations {training + testing:.3g} FLOP: {training:.3g} training, {testing:.3g} testing; anchor {ANCHOR:.3g}'
     )
-    if flag_values.output:
-        Results(Path(flag_values.output)).keep('speedrun', name, results)
+    if arguments.output:
+        Results(arguments.output).keep('speedrun', name, results)
 
 
 if __name__ == '__main__':

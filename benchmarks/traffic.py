@@ -10,18 +10,16 @@ go to DIR/benchmarks.md.
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from benchmarks.results import Results
 from benchmarks.throughput import synthetic_dataset
 from flax_dlvc.config import parse_command_line
-from flax_dlvc.errors import ConfigError, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, named_path, run_command
 from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
 
@@ -108,12 +106,9 @@ def size_of(shapes: str) -> int:
 
 def main(argv: list[str]) -> None:
     """Parses the command line, compiles, prints."""
-
-    def define_flags(flag_values: flags.FlagValues) -> None:
-        flags.DEFINE_string('output', '', 'Directory of benchmarks.json and .md.', flag_values=flag_values)
-
-    flag_values = parse_command_line(argv, define_flags)
-    config = flag_values.config
+    parser = ArgumentParser('python -m benchmarks.traffic', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--output', type=named_path, help='directory of benchmarks.json and .md')
+    arguments, config = parse_command_line(parser, argv)
     step = compile_step(config)
     value = count(step.as_text()) | {'temporary_bytes': step.memory_analysis().temp_size_in_bytes}
     print(
@@ -121,8 +116,8 @@ def main(argv: list[str]) -> None:
         f'{value["product_bytes"] / 1e9:.2f} GB of products, {value["other_bytes"] / 1e9:.2f} GB of the rest; '
         f'{value["temporary_bytes"] / 1e9:.2f} GB of temporaries'
     )
-    if flag_values.output:
-        Results(Path(flag_values.output)).keep('traffic', f'{config.name}, {config.batch_size} images', value)
+    if arguments.output:
+        Results(arguments.output).keep('traffic', f'{config.name}, {config.batch_size} images', value)
 
 
 if __name__ == '__main__':

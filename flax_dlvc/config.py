@@ -1,5 +1,6 @@
 """Configs: reading them from the command line and from a run directory, checking them, writing them as JSON."""
 
+import argparse
 import json
 import math
 import os
@@ -13,35 +14,57 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from configs import default
-from flax_dlvc.errors import ArgumentParser, ConfigError
+from flax_dlvc.errors import ConfigError
 
 
-def parse_command_line(
-    argv: Sequence[str], define_flags: Callable[[flags.FlagValues], None], *, check: bool = True
-) -> flags.FlagValues:
-    """Parses `--config FILE --config.FIELD=VALUE …` and whatever flags `define_flags` adds.
+def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """Parses a parser's own arguments and, among them, `--config FILE --config.FIELD=VALUE …`.
 
     Args:
+        parser: of the arguments besides; `--config` is added to it.
         argv: the command line, program name first.
-        define_flags: defines further flags on the `FlagValues` it is given.
+
+    Raises:
+        ConfigError: as of the parser and of `load_config`.
+    """
+    add_config_argument(parser)
+    arguments, overrides = parser.parse_known_args(argv[1:])
+    return arguments, load_config(arguments.config, overrides)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config`; what `load_config` takes besides are the arguments that the parser does not know."""
+    parser.add_argument(
+        '--config', metavar='FILE', nargs='?', help='the config file; --config.FIELD=VALUE sets a field of it'
+    )
+
+
+def load_config(file: str | Path | None, overrides: Sequence[str], *, check: bool = True) -> ConfigDict:
+    """The config of a file, with fields set as on a command line.
+
+    Args:
+        file: the config file's path; after a colon an argument of its `get_config` may follow.
+        overrides: '--config.FIELD=VALUE', each; what ml_collections takes besides, too.
         check: whether the config has to be valid; one that is changed further is checked later.
 
     Returns:
-        The parsed flags; `flag_values.config` is the config, with `name` set to the file's stem, and checked.
+        The config, with `name` set to the file's stem, and checked.
 
     Raises:
         ConfigError: an unknown flag or field, a value of the wrong type, or a config file that cannot be loaded.
     """
+    if not file:
+        raise ConfigError('no config: say --config configs/NAME.py')
+    path = Path(str(file).partition(':')[0])
+    if not os.path.isfile(path):  # noqa: PTH113, as `Path.is_file` raises where a name is too long
+        raise ConfigError(f'{path} is not a file: say --config configs/NAME.py')
+    _check_overrides(overrides)
+    argv = ['', f'--config={file}', *overrides]
     flag_values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        'config', help_string='Path of a config file.', flag_values=flag_values, sys_argv=list(argv)
-    )
-    define_flags(flag_values)
-    path = _config_path(argv)
-    _check_overrides(argv)
+    config_flags.DEFINE_config_file('config', flag_values=flag_values, sys_argv=argv)
     try:
-        surplus = flag_values(list(argv))[1:]
-        config = flag_values.config
+        surplus = flag_values(argv)[1:]
+        config: ConfigDict = flag_values.config
         is_config = hasattr(config, 'to_dict')  # raises what kept the file from being read
     except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
@@ -57,26 +80,13 @@ def parse_command_line(
         raise ConfigError(f'{surplus[0]!r} is not a flag; fields are set as --config.FIELD=VALUE')
     if check:
         validate(config)
-    return flag_values
+    return config
 
 
-def _config_path(argv: Sequence[str]) -> Path:
-    """The file that `--config` names; without one, the flags' own messages speak of something else."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('--config', '-config', nargs='?')
-    name = parser.parse_known_args(argv[1:])[0].config
-    if not name:
-        raise ConfigError('no config: say --config configs/NAME.py')
-    path = Path(name.partition(':')[0])  # what follows is an argument of its get_config
-    if not os.path.isfile(path):  # noqa: PTH113, as `Path.is_file` raises where a name is too long
-        raise ConfigError(f'{path} is not a file: say --config configs/NAME.py')
-    return path
-
-
-def _check_overrides(argv: Sequence[str]) -> None:
+def _check_overrides(overrides: Sequence[str]) -> None:
     """Names the field that there is not; the flags' own message leaves its group out."""
     fields = flatten(default.get_config())
-    for argument in argv[1:]:
+    for argument in overrides:
         override = re.match(r'--?(?:no)?config\.([^=\[]+)', argument)
         if override and not any(f'{field}.'.startswith(f'{override[1]}.') for field in fields):
             raise ConfigError(f'unknown field {override[1]!r}; configs/default.py lists the fields')

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import decoded
 from flax_dlvc.decoded import Split
-from flax_dlvc.errors import ArgumentParser, ConfigError, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, named_path, run_command
 from flax_dlvc.folder import Folder
 from flax_dlvc.profiling import timed
 
@@ -393,17 +393,13 @@ def show(argv: list[str]) -> None:
     from flax_dlvc import pictures
     from flax_dlvc.config import parse_command_line
 
-    def define_flags(flag_values: Any) -> None:
-        from absl import flags
-
-        flags.DEFINE_string('show', None, 'The .png file to draw.', flag_values=flag_values)
-
-    flag_values = parse_command_line(argv, define_flags)
-    if not flag_values.show:
+    parser = ArgumentParser('python -m flax_dlvc.data', description=show.__doc__, allow_abbrev=False)
+    parser.add_argument('--show', type=named_path, metavar='FILE.png', help='the picture to draw')
+    arguments, config = parse_command_line(parser, argv)
+    if not arguments.show:
         raise ConfigError('no picture to draw: say --show FILE.png')
-    config = flag_values.config
-    pictures.save_png(pictures.training_images(config, load(config)), Path(flag_values.show))
-    print(f'{min(pictures.NUM_SHOWN, config.batch_size)} images of {config.dataset}: {flag_values.show}')
+    pictures.save_png(pictures.training_images(config, load(config)), arguments.show)
+    print(f'{min(pictures.NUM_SHOWN, config.batch_size)} images of {config.dataset}: {arguments.show}')
 
 
 def main(argv: list[str]) -> None:
@@ -417,7 +413,9 @@ def main(argv: list[str]) -> None:
         epilog='--config FILE --show OUT.png draws what training sees',
     )
     parser.add_argument('--dataset', choices=PREPARABLE, required=True)
-    parser.add_argument('--archive', type=Path, help='a downloaded official archive; without it, it is downloaded')
+    parser.add_argument(
+        '--archive', type=named_path, help='a downloaded official archive; without it, it is downloaded'
+    )
     arguments = parser.parse_args(argv[1:])
     from tensorflow_datasets.core.constants import DATA_DIR
 

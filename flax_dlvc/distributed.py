@@ -142,7 +142,7 @@ def _join() -> None:
             cluster_detection_method='deactivate',
             initialization_timeout=2 * JOIN_TIMEOUT,
             heartbeat_timeout_seconds=10 * int(LOST_AFTER),  # ours is sooner, and says it in one line
-            coordinator_bind_address=address if LOOPBACK.match(address) else None,  # else on all interfaces
+            coordinator_bind_address=address if LOOPBACK.fullmatch(address) else None,  # else on all interfaces
         )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

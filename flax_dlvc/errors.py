@@ -65,13 +65,24 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f'{message}; see --help')
 
 
+def named_path(name: str | Path) -> Path:
+    """A path that has a name; an argparse type.
+
+    Raises:
+        ConfigError: the name is empty, which as a path is the current directory.
+    """
+    if not name:
+        raise ConfigError('a file or directory has an empty name; is a shell variable not set?')
+    return Path(name)
+
+
 def existing_directory(name: str | Path) -> Path:
     """The path of a directory that has to be there; an argparse type.
 
     Raises:
         ConfigError: it is not a directory, or cannot be looked at.
     """
-    path = Path(name)
+    path = named_path(name)
     try:
         if path.is_dir():
             return path

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, named_path, run_command
 from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
 from flax_dlvc.steps import probabilities
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     """Parses the command line and exports."""
     parser = ArgumentParser('python -m flax_dlvc.export', description='A trained model as a file that JAX alone runs.')
     parser.add_argument('--workdir', type=existing_directory, required=True, help='the run directory')
-    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='a new directory')
+    parser.add_argument('--out', type=named_path, required=True, metavar='DIR', help='a new directory')
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
     arguments = parser.parse_args(argv[1:])
     export(arguments.workdir, arguments.step, arguments.out)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import configs
 from configs import default
 from flax_dlvc import results
-from flax_dlvc.config import EXECUTION_FIELDS, flatten, parse_command_line, validate, without_effect
+from flax_dlvc.config import EXECUTION_FIELDS, flatten, load_config, validate, without_effect
 from flax_dlvc.errors import ConfigError
 
 WRITABLE = str.maketrans('[]', '()')  # with brackets in a directory's name `rundir.check` would refuse it
@@ -129,8 +129,7 @@ def _config_at(name: str, overrides: Sequence[str], point: Sequence[tuple[str, s
     """A config file's config with overrides and the fields of a point; not checked, as it takes all of its fields."""
     known = flatten(default.get_config())
     flags = [f'--config.{field}={value}' for field, value in point if field in known]
-    argv = ['study', f'--config={_config_file(name)}', *overrides, *flags]
-    config = parse_command_line(argv, lambda _: None, check=False).config
+    config = load_config(_config_file(name), [*overrides, *flags], check=False)
     for field, value in point:
         if field in known:
             continue

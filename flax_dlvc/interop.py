@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_dlvc.config import parse_command_line
-from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, run_command
+from flax_dlvc.config import add_config_argument, load_config
+from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, named_path, run_command
 from flax_dlvc.rundir import whole
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import load_trained, save_as_run
@@ -198,20 +198,21 @@ def main(argv: list[str]) -> None:
     """Parses the command line, imports or exports."""
     parser = ArgumentParser('python -m flax_dlvc.interop', description="PyTorch's weights in and out, as safetensors.")
     commands = parser.add_subparsers(dest='command', required=True)
-    importing = commands.add_parser('import', help='--config FILE [--config.FIELD=VALUE …]: make a run directory')
+    importing = commands.add_parser('import', help='make a run directory', allow_abbrev=False)
+    add_config_argument(importing)
     exporting = commands.add_parser('export', help='write the weights of a run directory')
     exporting.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
-    for command, directory in ((importing, Path), (exporting, existing_directory)):
-        command.add_argument('--weights', type=Path, required=True, metavar='FILE.safetensors')
+    for command, directory in ((importing, named_path), (exporting, existing_directory)):
+        command.add_argument('--weights', type=named_path, required=True, metavar='FILE.safetensors')
         command.add_argument('--workdir', type=directory, required=True, help='the run directory')
-    arguments, config_arguments = parser.parse_known_args(argv[1:])
+    arguments, overrides = parser.parse_known_args(argv[1:])
     if arguments.command == 'import':
-        config = parse_command_line([argv[0], *config_arguments], lambda _: None).config
-        import_weights(set_up(config), arguments.weights, arguments.workdir)
+        setup = set_up(load_config(arguments.config, overrides))
+        import_weights(setup, arguments.weights, arguments.workdir)
         print(f'made the run directory {arguments.workdir} from {arguments.weights}')
         return
-    if config_arguments:
-        parser.error(f'unknown arguments: {" ".join(config_arguments)}')
+    if overrides:
+        parser.error(f'unknown arguments: {" ".join(overrides)}')
     export_weights(arguments.workdir, arguments.step, arguments.weights)
     print(f'wrote the weights of {arguments.workdir} to {arguments.weights}')
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, run_command
+from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, named_path, run_command
 from flax_dlvc.explain import draw, explain
 from flax_dlvc.images import ImageError, find_images, read_image, without_warnings
 from flax_dlvc.setup import Setup
@@ -98,7 +98,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
     parser.add_argument('--top', type=int, default=5, help='classes to name for each image')
     parser.add_argument('--json', action='store_true', help='print JSON')
-    parser.add_argument('--explain', type=Path, metavar='OUT', help='a folder for pictures of where the model looked')
+    parser.add_argument(
+        '--explain', type=named_path, metavar='OUT', help='a folder for pictures of where the model looked'
+    )
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='a file, a folder or a glob')
     arguments = parser.parse_args(argv[1:])
     if arguments.top < 1:

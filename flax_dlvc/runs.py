@@ -18,7 +18,7 @@ from rich.text import Text
 from configs import default
 from flax_dlvc import results, rundir, tables
 from flax_dlvc.config import flatten
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, run_command
+from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, named_path, run_command
 
 # What is known of every run beside its config; accuracies are fractions.
 RESULTS = ('best_validation_accuracy', 'best_epoch', 'test_accuracy', 'seconds', 'state')
@@ -149,7 +149,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--sort', default='name', metavar='COLUMN', help=f'name, {", ".join(RESULTS)} or a field')
     parser.add_argument('--json', action='store_true', help='everything, with all fields of the configs, as JSON')
     parser.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='two runs, by their names in the table or paths')
-    parser.add_argument('--out', type=Path, default=Path('comparison.png'), help='the picture that --compare draws')
+    parser.add_argument(
+        '--out', type=named_path, default=Path('comparison.png'), help='the picture that --compare draws'
+    )
     arguments = parser.parse_args(argv[1:])
     directory = arguments.directory
     if arguments.compare:

@@ -30,6 +30,7 @@ from flax_dlvc.errors import (
     StoppedError,
     StorageError,
     existing_directory,
+    named_path,
     run_command,
 )
 from flax_dlvc.grid import Planned, plan
@@ -251,7 +252,7 @@ def main(argv: list[str]) -> None:
         description=__doc__.splitlines()[0],
         epilog='--config.FIELD=VALUE sets a field of every run.',
     )
-    parser.add_argument('--workdir', type=Path, required=True, help='the study; a directory per run below it')
+    parser.add_argument('--workdir', type=named_path, required=True, help='the study; a directory per run below it')
     parser.add_argument('--models', type=_names(MODELS), default=list(MODELS), help='with commas; all by default')
     parser.add_argument(
         '--regularizations', type=_names(REGULARIZATIONS), default=list(REGULARIZATIONS), help='likewise'

@@ -22,6 +22,7 @@ from flax_dlvc.config import (
     without_effect,
 )
 from flax_dlvc.errors import ConfigError
+from flax_dlvc.main import make_parser
 
 CONFIG_FILES = sorted(
     path for path in Path(configs.__file__).parent.glob('*.py') if path.stem not in ('__init__', 'default')
@@ -42,10 +43,6 @@ EXECUTION_FIELDS = [
 QUICKSTART = str(Path(configs.__file__).parent / 'quickstart.py')
 
 
-def define_no_flags(_):
-    pass
-
-
 @pytest.fixture
 def parse(monkeypatch):
     """Parses a command line as a process that was started with it."""
@@ -53,7 +50,7 @@ def parse(monkeypatch):
     def parse_process(*arguments):
         argv = ['main', *map(str, arguments)]
         monkeypatch.setattr(sys, 'argv', argv)
-        return parse_command_line(argv, define_no_flags).config
+        return parse_command_line(make_parser(), argv)[1]
 
     return parse_process
 
@@ -330,19 +327,14 @@ def test_overrides(parse):
 def test_further_flags(monkeypatch):
     argv = ['main', '--config', QUICKSTART, '--workdir', 'somewhere']
     monkeypatch.setattr(sys, 'argv', argv)
-
-    def define_flags(flag_values):
-        from absl import flags
-
-        flags.DEFINE_string('workdir', None, 'Directory.', flag_values=flag_values)
-
-    assert parse_command_line(argv, define_flags).workdir == 'somewhere'
+    arguments, _ = parse_command_line(make_parser(), argv)
+    assert arguments.workdir == Path('somewhere') and not arguments.profile
 
 
 def test_overrides_are_read_from_the_given_command_line(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['another program'])
     argv = ['main', '--config', QUICKSTART, '--config.seed=7']
-    assert parse_command_line(argv, define_no_flags).config.seed == 7
+    assert parse_command_line(make_parser(), argv)[1].seed == 7
 
 
 def test_command_lines_are_independent(parse):

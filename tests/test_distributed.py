@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT, check_same_run, read_history
 
-from flax_dlvc import rundir
+from flax_dlvc import distributed, rundir
 
 pytestmark = [pytest.mark.timeout(280), pytest.mark.usefixtures('quick_compilation')]
 
@@ -207,6 +207,24 @@ def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command, flags,
     assert done.returncode == 2
     assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('address', 'alone'),
+    [
+        ('127.0.0.1:1', True),
+        ('127.0.1.1:1', True),
+        ('localhost:80', True),
+        ('[::1]:80', True),
+        ('localhost.example:80', False),
+        ('node127.0.0.1:80', False),
+        ('10.127.0.1:80', False),
+        ('node1:80', False),
+    ],
+)
+def test_other_hosts_may_reach_the_coordinator_unless_its_address_says_otherwise(address, alone):
+    """A host's own name often resolves to a loopback address there, so that binding to it would shut all others out."""
+    assert bool(distributed.LOOPBACK.fullmatch(address)) == alone
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flax_dlvc import answers, results, tables
-from flax_dlvc.config import parse_command_line, validate
+from flax_dlvc.config import load_config, validate
 from flax_dlvc.errors import run_command
 
 # What a command cannot be run for here, by how it begins. The config and the fields that it names are checked.
@@ -87,7 +87,7 @@ def check_config(words):
     """That the config file which a command names is there, and takes the fields that it sets."""
     fields = [word for word in words if word.startswith('--config.')]
     for file in (word for word in words if re.fullmatch(r'configs/\w+\.py', word)):
-        parse_command_line(['', '--config', file, *fields], lambda _: None)
+        load_config(file, fields)
 
 
 def smaller(words, small_flags):

@@ -87,10 +87,10 @@ def folder(tmp_path_factory):
     )
 )
 def test_overrides(overrides):
-    argv = ['main', '--config=configs/cnn.py', *(f'--config.{field}={value}' for field, value in overrides)]
+    flags = [f'--config.{field}={value}' for field, value in overrides]
 
     def parse():
-        parsed = config.parse_command_line(argv, lambda _: None).config
+        parsed = config.load_config('configs/cnn.py', flags)
         assert config.flatten(config.from_json(config.to_json(parsed))) == config.flatten(parsed)
 
     is_read_or_refused(parse)

@@ -6,7 +6,7 @@ from flax_dlvc import rundir
 from flax_dlvc.config import parse_command_line
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import plan
-from flax_dlvc.main import define_flags
+from flax_dlvc.main import make_parser
 
 
 def test_the_grid_is_models_by_regularizations_by_seeds(tmp_path):
@@ -173,4 +173,4 @@ def test_the_command_of_a_run_is_its_config(tmp_path):
     overrides = ['--config.early_stopping.patience=0', '--config.keep_checkpoints=3', '--config.splits.validation=']
     grid = plan(tmp_path, models=['cnn'], regularizations=['augment'], seeds=2, vary=axes, overrides=overrides)
     for planned in grid:
-        assert parse_command_line(planned.command[1:], define_flags).config == planned.config
+        assert parse_command_line(make_parser(), planned.command[1:])[1] == planned.config

@@ -176,11 +176,11 @@ def test_a_table_is_rebuilt_from_the_committed_files_alone(finished_study, tmp_p
 
 def test_the_command_of_a_run_is_its_config(finished_study):
     from flax_dlvc.config import differing_fields, parse_command_line
-    from flax_dlvc.main import define_flags
+    from flax_dlvc.main import make_parser
 
     for run in results.read_runs(finished_study):
         words = shlex.split(page.command(run))[2:]
-        assert differing_fields(parse_command_line(words, define_flags).config, run.config) == []
+        assert differing_fields(parse_command_line(make_parser(), words)[1], run.config) == []
 
 
 def test_hostile_text_is_shown_and_not_run(finished_study):
