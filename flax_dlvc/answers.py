@@ -5,6 +5,7 @@ from typing import Any
 
 from flax_dlvc import results, tables
 from flax_dlvc.results import CROP_SCALE, REGULARIZATIONS, TECHNIQUES, Cell
+from flax_dlvc.words import plural
 
 # A kind; a table's rows, or Markdown with {} for each name; the names, in which nothing is markup.
 Block = tuple[str, Any, Sequence[str]]
@@ -62,6 +63,8 @@ def _against(cell: Cell, other: Cell | None, name: str, missing: str) -> Block:
 
 def _experiments(cells: Sequence[Cell]) -> list[Block]:
     """All of them, also those that did not help: train and validation accuracy at the best epoch, and test."""
+    if not cells:
+        return [('paragraph', f'No run is finished: {NOT_ENOUGH}.', [])]
     rows = [['Experiment', 'Seeds', 'Train (%)', 'Validation (%)', 'Test (%)', 'Best epoch', 'Epochs run']]
     for cell in cells:
         best = [run.history[run.result['best_epoch'] - 1] for run in cell.finished if run.result]
@@ -86,7 +89,7 @@ def _experiments(cells: Sequence[Cell]) -> list[Block]:
     ]
     finished = [run.result for cell in cells for run in cell.finished if run.result]
     early = sum(result['stopped_early'] for result in finished)
-    ended = f'Early stopping ended {early} of {len(finished)} runs before their last epoch.'
+    ended = f'Early stopping ended {early} of {plural(len(finished), "run")} before the last epoch.'
     return [('paragraph', note, []), ('table', rows, []), *comparisons, ('item', ended, [])]
 
 
@@ -161,10 +164,9 @@ def _combination(cells: Sequence[Cell]) -> list[Block]:
     if not blocks:
         return [('paragraph', f'No row has both: {NOT_ENOUGH}.', [])]
     if compared:
-        shown = ' or '.join(map(str, sorted(compared)))
-        blocks.append(
-            ('item', f'The rows compared here may train for {shown} epochs; of more the runs say nothing.', [])
-        )
+        *fewer, most = sorted(compared)
+        shown = ' or '.join([*map(str, fewer), plural(most, 'epoch')])
+        blocks.append(('item', f'The rows compared here may train for {shown}; of more the runs say nothing.', []))
     return blocks
 
 

@@ -13,11 +13,13 @@ from rich.table import Table
 from flax_dlvc import results, rundir
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import Planned
+from flax_dlvc.words import describe_time
 
 if TYPE_CHECKING:
     from flax_dlvc.report import Display
 
 BY_IMPORTANCE = ('running', 'failed', 'elsewhere', 'finished', 'waiting')  # states, where not all runs can be shown
+WIDTH_BESIDE_CELL = 52  # characters of a line beside the row's name
 LINES_AROUND_ROWS = 7  # of the table: its title, head and borders, and what it says of the runs left out
 
 
@@ -87,7 +89,7 @@ class Board:
             def print(self, text: str) -> None:
                 """Not shown."""
 
-        return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1)
+        return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1, metric='')
 
     def follow(self, planned: Planned) -> None:
         """Reads how far a run is from its directory; what cannot be read the run itself mends or complains of."""
@@ -98,8 +100,8 @@ class Board:
         if planned.epochs != len(run.history):
             planned.epochs = len(run.history)
             self._measure(planned)
-        validated = [record['validation_accuracy'] for record in run.history]
-        planned.best = max((accuracy for accuracy in validated if accuracy is not None), default=None)
+        best = results.best_record(run)
+        planned.best = best['validation_accuracy'] if best else None
 
     def _measure(self, planned: Planned) -> None:
         """Notes what an epoch of a run takes, by the clock: its share of compiling, evaluating and saving included."""
@@ -127,6 +129,8 @@ class Board:
                 for slowest, name in ((by_cell, planned.cell), (by_model, planned.config.model.name)):
                     slowest[name] = max(slowest.get(name, 0.0), planned.seconds_per_epoch)
         left = [planned for planned in self._grid if planned.epochs_left]
+        if not left:
+            return 'all have ended'
         if any(planned.config.model.name not in by_model for planned in left):
             return 'time left not known yet'
         seconds = [
@@ -135,18 +139,19 @@ class Board:
             for planned in left
         ]
         share = 1 / self._parallel_runs
-        return f'at most about {describe_time(share * sum(seconds) + (1 - share) * max(seconds, default=0))} left'
+        return f'at most about {describe_time(share * sum(seconds) + (1 - share) * max(seconds))} left'
 
     def _render(self) -> Table:
         table = Table(title=self.time_left(), title_justify='left')
-        for column in ('run', 'seed', 'state', 'epoch', 'best validation accuracy'):
+        for column in ('run', 'seed', 'state', 'epoch', 'best validation'):
             table.add_column(column)
         shown = self._shown()
         for planned in (self._grid[place] for place in shown):
             best = '' if planned.best is None else f'{planned.best:.4f}'
             epoch = f'{planned.epochs}/{planned.config.num_epochs}'
             style = {'running': 'bold', 'failed': 'red', 'waiting': 'dim'}.get(planned.state)
-            table.add_row(planned.cell, str(planned.config.seed), planned.state, epoch, best, style=style)
+            cell = _fit(planned.cell, self._console.width - WIDTH_BESIDE_CELL)
+            table.add_row(cell, str(planned.config.seed), planned.state, epoch, best, style=style)
         left_out = collections.Counter(run.state for place, run in enumerate(self._grid) if place not in shown)
         if left_out:
             table.caption = 'and ' + ', '.join(f'{count} {state}' for state, count in left_out.items())
@@ -165,8 +170,7 @@ class Board:
         return sorted(sorted(places, key=importance)[:room])
 
 
-def describe_time(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 90:
-        return f'{seconds:.0f} seconds'
-    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
+def _fit(name: str, width: int) -> str:
+    """A row's name in so many characters: its begin is the model, and its end tells it from the other rows."""
+    width = max(width, 12)
+    return name if len(name) <= width else f'{name[: width // 3]}…{name[width // 3 + 1 - width :]}'

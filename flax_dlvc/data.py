@@ -27,6 +27,7 @@ from flax_dlvc.decoded import Split
 from flax_dlvc.errors import ArgumentParser, ConfigError, named_path, run_command
 from flax_dlvc.folder import Folder
 from flax_dlvc.profiling import timed
+from flax_dlvc.words import plural
 
 # Per-channel statistics of CIFAR-10's 50,000 training images in [0, 1]. Other datasets' are of their training
 # split.
@@ -399,7 +400,7 @@ def show(argv: list[str]) -> None:
     if not arguments.show:
         raise ConfigError('no picture to draw: say --show FILE.png')
     pictures.save_png(pictures.training_images(config, load(config)), arguments.show)
-    print(f'{min(pictures.NUM_SHOWN, config.batch_size)} images of {config.dataset}: {arguments.show}')
+    print(f'{plural(min(pictures.NUM_SHOWN, config.batch_size), "image")} of {config.dataset}: {arguments.show}')
 
 
 def main(argv: list[str]) -> None:

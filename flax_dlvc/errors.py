@@ -91,6 +91,12 @@ def existing_directory(name: str | Path) -> Path:
     raise ConfigError(f'{path} is not a directory')
 
 
+def unwritable(path: Path, error: OSError, advice: str) -> CommandError:
+    """The error of a place that a user has named and that cannot be written; of the disk, where that is to blame."""
+    kind = StorageError if error.errno in _DISK_ERRORS else ConfigError
+    return kind(f'cannot write {path}: {error.strerror}; {advice}')
+
+
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr.
 

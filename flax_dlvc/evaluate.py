@@ -17,6 +17,7 @@ from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, ru
 from flax_dlvc.metrics import Predictions, expected_calibration_error, summarize
 from flax_dlvc.profiling import timed
 from flax_dlvc.setup import Setup, set_up
+from flax_dlvc.words import plural
 
 
 @timed('evaluation')
@@ -100,7 +101,7 @@ def describe(metrics: dict[str, Any]) -> str:
     """The metrics in one line."""
     return (
         f'accuracy {metrics["accuracy"]:.4f}, cross-entropy {metrics["cross_entropy"]:.4f}, '
-        f'mean class accuracy {metrics["mean_class_accuracy"]:.4f} on {metrics["num_examples"]:,} examples'
+        f'mean class accuracy {metrics["mean_class_accuracy"]:.4f} on {plural(metrics["num_examples"], "example")}'
     )
 
 

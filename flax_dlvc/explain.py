@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_dlvc import pictures
-from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc.errors import ConfigError
 
 # Grad-CAM takes the last map of at least this height and width. The textbook's choice, the very last map, is a single
 # pixel in a ResNet18 with the ImageNet stem on 32x32 images, and says nothing about where.
@@ -125,7 +125,4 @@ def draw(image: np.ndarray, heat: np.ndarray, title: str, path: Path) -> None:
     right.imshow(
         heat, cmap='inferno', vmin=0, vmax=1, alpha=0.6, interpolation='bilinear', extent=(0, width, height, 0)
     )
-    try:
-        pictures.write(figure, path)
-    except OSError as error:
-        raise StorageError(f'cannot write {path}: {error.strerror}; free space or choose another --explain') from error
+    pictures.write(figure, path)

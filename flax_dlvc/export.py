@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, named_path, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, named_path, run_command, unwritable
 from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
 from flax_dlvc.steps import probabilities
@@ -50,8 +50,8 @@ def export(workdir: Path, which: str, out: Path) -> None:
     """Writes the inference function of a run directory's checkpoint into a new directory.
 
     Raises:
-        ConfigError: the checkpoint cannot be had, or there is something in `out`.
-        StorageError: `out` cannot be written.
+        ConfigError: the checkpoint cannot be had, there is something in `out`, or it cannot be made.
+        StorageError: the disk is full or read-only.
     """
     try:
         is_new = not out.exists()
@@ -83,7 +83,7 @@ def export(workdir: Path, which: str, out: Path) -> None:
     except BaseException as error:  # signals too
         shutil.rmtree(out if is_new else writing, ignore_errors=True)
         if isinstance(error, OSError):
-            raise StorageError(f'cannot write {out}: {error.strerror}; choose another --out') from error
+            raise unwritable(out, error, 'choose another --out') from error
         raise
 
 

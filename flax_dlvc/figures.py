@@ -5,6 +5,7 @@ line styles and markers tell them apart in print.
 """
 
 import statistics
+import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_dlvc import answers, pictures, results
-from flax_dlvc.errors import StorageError
 from flax_dlvc.results import Cell
-from flax_dlvc.rundir import whole
+from flax_dlvc.rundir import storage_error, whole
+from flax_dlvc.words import plural
 
 ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 STYLE: Any = {
@@ -28,7 +29,7 @@ STYLE: Any = {
 }
 STEMS = ('curves_', 'confusion_', 'crop_scale', 'augmentation')  # that pictures' names begin with; others are not ours
 NUM_EXAMPLES = 8  # images in the strip
-WIDTH_IN_STRIP = 'width of an image'  # name of a text in the strip's PNG file
+WIDTH_IN_STRIP, DATASET_IN_STRIP = 'width of an image', 'dataset'  # names of texts in the strip's PNG file
 
 
 def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
@@ -88,7 +89,11 @@ def _figures(cells: Sequence[Cell], workdir: Path) -> Iterator[tuple[str, str, A
             yield f'crop_scale{suffix}', caption, crop_scale(series)
     if (workdir / 'examples.png').exists():
         lowest = sorted({0.08, 0.25, 0.5, 0.75} | set(map(answers.crop_scale, cells)))
-        caption = 'What augmentation does to a few training images, by the lowest area of a crop: each row one draw.'
+        dataset = dataset_of_examples(workdir / 'examples.png')
+        caption = (
+            f'What augmentation does to a few training images{f" of {dataset}" if dataset else ""}, by the lowest area '
+            'of a crop: each row one draw.'
+        )
         yield 'augmentation', caption, augmentation(workdir / 'examples.png', lowest)
 
 
@@ -117,7 +122,7 @@ def _short_title(cell: Cell, seeds: int) -> str:
     for field, (ours, _) in cell.settings.items():
         if field != 'num_epochs':
             title += f'\n{results.short(field)} {results.plain(ours)}'
-    return f'{title}\n{seeds} seed{"s" * (seeds != 1)}, {cell.config.num_epochs} epochs at most'
+    return f'{title}\n{plural(seeds, "seed")}, {plural(cell.config.num_epochs, "epoch")} at most'
 
 
 def compare(runs: Sequence[results.Run]) -> Any:
@@ -180,9 +185,11 @@ def crop_scale(series: Sequence[tuple[str, list[Cell]]]) -> Any:
     """Accuracy by crop scale, a line per model and regularisation, a dot per run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.8), layout='constrained')
+    titles = ['\n'.join(textwrap.wrap(title, 80)) for title, _ in series]
+    lines = sum(title.count('\n') + 1 for title in titles)
+    figure = Figure(figsize=(6, 3.6 + 0.2 * lines), layout='constrained')
     axes = figure.subplots()
-    for number, (title, cells) in enumerate(series):
+    for number, (title, (_, cells)) in enumerate(zip(titles, series, strict=True)):
         colour, marker, style = [
             (BLUE, 'o', '-'), (ORANGE, 's', '--'), (GREEN, '^', '-.'), (PURPLE, 'D', ':'),
         ][number % 4]  # fmt: skip
@@ -196,7 +203,7 @@ def crop_scale(series: Sequence[tuple[str, list[Cell]]]) -> Any:
     axes.set_xlabel('lowest area of a crop (fraction of the image)')
     axes.set_ylabel('test accuracy (%)')
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    figure.legend(loc='outside lower left', frameon=False)  # titles may be as wide as the picture
     return figure
 
 
@@ -213,11 +220,23 @@ def save_examples(config: ConfigDict, path: Path) -> None:
     picture = images.squeeze(-1) if images.shape[-1] == 1 else images
     text = PngInfo()
     text.add_text(WIDTH_IN_STRIP, str(split.images.shape[2]))
+    text.add_itxt(DATASET_IN_STRIP, config.dataset)
     try:
         with whole(path) as temporary:
             Image.fromarray(picture).save(temporary, pnginfo=text)
     except OSError as error:
-        raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
+        raise storage_error(path, error) from error
+
+
+def dataset_of_examples(path: Path) -> str:
+    """The name of the dataset that a strip is of; '' where there is none, or one that does not say it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return str(picture.info.get(DATASET_IN_STRIP, ''))
+    except OSError:
+        return ''
 
 
 def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
@@ -261,7 +280,7 @@ def augmentation(examples: Path, lowest_areas: Sequence[float]) -> Any:
 def _save(figure: Any, stem: Path) -> None:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in pictures.METADATA:
-            pictures.write(figure, stem.with_name(stem.name + suffix))
     except OSError as error:
-        raise StorageError(f'cannot write {stem}: {error.strerror}; free space and start again') from error
+        raise storage_error(stem, error) from error
+    for suffix in pictures.METADATA:
+        pictures.write(figure, stem.with_name(stem.name + suffix))

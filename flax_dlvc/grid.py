@@ -12,9 +12,12 @@ from ml_collections import ConfigDict
 import configs
 from configs import default
 from flax_dlvc import results
-from flax_dlvc.config import EXECUTION_FIELDS, flatten, load_config, validate, without_effect
+from flax_dlvc.config import CROP_FIELDS, EXECUTION_FIELDS, flatten, load_config, validate, without_effect
 from flax_dlvc.errors import ConfigError
+from flax_dlvc.results import TECHNIQUES
 
+# Fields that turn a technique on.
+SWITCHES = {technique: {*fields} - {*CROP_FIELDS} for technique, fields in TECHNIQUES.items()}
 WRITABLE = str.maketrans('[]', '()')  # with brackets in a directory's name `rundir.check` would refuse it
 
 
@@ -63,35 +66,47 @@ def plan(
         models: names of `MODELS`.
         regularizations: names of `REGULARIZATIONS`.
         seeds: how many, from 0 on.
-        overrides: '--config.FIELD=VALUE' for every run.
+        overrides: '--config.FIELD=VALUE' for every run; a technique's fields only where the row has it.
         vary: 'FIELD=V1,V2,…': an axis each. FIELD_min and FIELD_max are the ends of a (lowest, highest) field.
 
     Raises:
-        ConfigError: a name, field or value is wrong, or an axis changes no row.
+        ConfigError: a name, field or value is wrong, or an axis or a technique's override changes no row.
     """
     axes = [[(field, value) for value in values] for field, values in map(_parse_axis, vary)]
+    # An axis may switch augmentation on; a row without dropout stays one.
+    varied = {field for axis in axes for field, _ in axis} - {'dropout_rate'}
     cells: dict[str, ConfigDict] = {}
-    changed: set[str] = set()  # fields that some row differs by
+    changed: set[str] = set()  # flags that make some row another one
     ignored: set[str] = set()  # and that some row does not take
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
+        file = flatten(results.base_config(name))
         base = _config_at(name, overrides, ())
+        asked = flatten(base)
+        for technique, fields in SWITCHES.items():
+            flags = {f'--config.{field}' for field in fields if asked[field] != file[field]}
+            if technique in regularization:
+                changed |= flags
+            else:
+                ignored |= flags
+        foreign = {f for technique, fields in SWITCHES.items() if technique not in regularization for f in fields}
+        base.update_from_flattened_dict({field: file[field] for field in foreign})
         usual = flatten(base) | _ends(base)
         for point in itertools.product(*axes):
             config = _config_at(name, overrides, point)
             asked = flatten(config) | _ends(config)
-            # What changes nothing makes no other row, and a row without dropout stays one.
-            kept = without_effect(config) | ({'dropout_rate'} if 'dropout' not in regularization else set())
-            config.update_from_flattened_dict({field: usual[field] for field in kept})
+            config.update_from_flattened_dict({field: file[field] for field in foreign - varied})
+            config.update_from_flattened_dict({field: usual[field] for field in without_effect(config)})
             validate(config)
-            fields = flatten(config) | _ends(config)
-            differing = {field: value for field, value in point if fields[field] != usual[field]}
+            ours = flatten(config) | _ends(config)
+            differing = {field: value for field, value in point if ours[field] != usual[field]}
             labels = [f'{field}={value}' for field, value in differing.items()]
-            changed |= differing.keys()
-            ignored |= {field for field, _ in point if fields[field] != asked[field]}
-            cells.setdefault(','.join([name, *labels]).translate(WRITABLE), config)
+            changed |= {f'--vary {field}' for field in differing}
+            ignored |= {f'--vary {field}' for field, _ in point if ours[field] != asked[field]}
+            if config not in cells.values():  # what changes nothing makes no other row, nor does 0.10 beside 0.1
+                cells[','.join([name, *labels]).translate(WRITABLE)] = config
     if idle := sorted(ignored - changed):
-        raise ConfigError(f'--vary {", ".join(idle)} changes none of the rows; see --models and --regularizations')
+        raise ConfigError(f'{", ".join(idle)} changes none of the rows; see --models and --regularizations')
     grid = []
     for cell, config in cells.items():
         for seed in range(seeds):
@@ -113,7 +128,7 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
             parts.append('')
         else:
             parts[-1] += character
-    if '' in parts:
+    if '' in map(str.strip, parts):
         raise ConfigError(f'--vary {text!r} has an empty value')
     usual = default.get_config()
     if field not in flatten(usual) | _ends(usual):
@@ -122,7 +137,7 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
         raise ConfigError(f'--vary cannot vary {field}; see --seeds and --models')
     if field in EXECUTION_FIELDS:
         raise ConfigError(f'--vary cannot vary {field}, which does not make another run of it')
-    return field, list(dict.fromkeys(parts))
+    return field, list(dict.fromkeys(part.strip() for part in parts))
 
 
 def _config_at(name: str, overrides: Sequence[str], point: Sequence[tuple[str, str]]) -> ConfigDict:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from flax_dlvc.config import add_config_argument, load_config
-from flax_dlvc.errors import ArgumentParser, ConfigError, StorageError, existing_directory, named_path, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, named_path, run_command, unwritable
 from flax_dlvc.rundir import whole
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import load_trained, save_as_run
@@ -179,8 +179,8 @@ def export_weights(workdir: Path, which: str, weights: Path) -> None:
     """Writes a checkpoint of a run directory as a safetensors file, which PyTorch's `load_state_dict` takes.
 
     Raises:
-        ConfigError: the checkpoint cannot be had, there are no names for its model, or `weights` is no name of a file.
-        StorageError: the file cannot be written.
+        ConfigError: the checkpoint cannot be had, its model has no names in PyTorch, or `weights` cannot be made.
+        StorageError: the disk is full or read-only.
     """
     from safetensors.numpy import save
 
@@ -191,7 +191,7 @@ def export_weights(workdir: Path, which: str, weights: Path) -> None:
         with whole(weights) as temporary:
             temporary.write_bytes(save(tensors, metadata={'format': 'pt'}))
     except OSError as error:
-        raise StorageError(f'cannot write {weights}: {error.strerror}; choose another --weights') from error
+        raise unwritable(weights, error, 'choose another --weights') from error
 
 
 def main(argv: list[str]) -> None:

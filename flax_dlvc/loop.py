@@ -26,6 +26,7 @@ from flax_dlvc.profiling import timed, training_call
 from flax_dlvc.report import Display, TensorBoard, plot_curves
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import begin_from, check_origin
+from flax_dlvc.words import plural
 
 ANEW = 'in another --workdir with a lower --config.learning_rate or a --config.optimizer.gradient_clip_norm'
 
@@ -50,11 +51,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if result is None:
         with distributed.joined():
             setup = set_up(config)
-            display = Display(num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch)
+            display = Display(
+                num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch, metric=config.early_stopping.metric
+            )
             result = carry_out(setup, workdir, display)
     ended = 'stopped early' if result['stopped_early'] else 'ended'
     print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
-    print(f'test, best epoch {result["best_epoch"]}: {describe(result["test"])}')
+    chosen = 'best' if config.splits.validation else 'last'
+    print(f'test, {chosen} epoch {result["best_epoch"]}: {describe(result["test"])}')
     print(f'curves: {workdir / "curves.png"}')
     return result
 
@@ -155,7 +159,8 @@ def check_progress(workdir: Path, config: ConfigDict, progress: Progress) -> Non
         )
     if config.num_epochs < len(progress.history):
         raise ConfigError(
-            f'{workdir} has {len(progress.history)} epochs behind it; set --config.num_epochs to as many or more'
+            f'{workdir} has {plural(len(progress.history), "epoch")} behind it; '
+            'set --config.num_epochs to as many or more'
         )
 
 
@@ -258,7 +263,8 @@ def test_best(
     best_epoch = progress.stopping.best_epoch
     if distributed.is_main():
         rundir.write_evaluation(workdir, 'test', evaluation)
-        plot_curves(config, progress.history, workdir / 'curves.png', best_epoch, stopped_early)
+        chosen = best_epoch if config.splits.validation else None
+        plot_curves(config, progress.history, workdir / 'curves.png', chosen, stopped_early)
         tensorboard.end(epochs_run, test, predictions)
     del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     return {
@@ -337,7 +343,7 @@ def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Pro
     if idle := without_effect(config) & set(differing_fields(config, default.get_config())):
         display.print(f'without effect here: {", ".join(sorted(idle))}')
     if step > 0:
-        display.print(f'going on after step {step}, {len(progress.history)} epochs finished')
+        display.print(f'going on after step {step}, {plural(len(progress.history), "epoch")} finished')
 
 
 def describe_devices(devices: Sequence[jax.Device]) -> str:
@@ -360,21 +366,11 @@ def finished(config: ConfigDict, progress: Progress) -> bool:
 
 def advance(config: ConfigDict, progress: Progress, record: dict[str, Any]) -> Progress:
     """The progress after an epoch."""
-    metric = config.early_stopping.metric
-    if record[metric] is None:  # without validation nothing is chosen: the last epoch is the one to test
-        stopping_state = stopping.Stopping(best_epoch=record['epoch'])
-    else:
-        stopping_state = stopping.update(
-            progress.stopping,
-            record[metric],
-            record['epoch'],
-            minimize=metric == 'validation_loss',
-            min_delta=config.early_stopping.min_delta,
-        )
-    is_best = stopping_state.best_epoch == record['epoch']
-    best_step = record['step'] if is_best else progress.best_step
+    metric, min_delta = config.early_stopping.metric, config.early_stopping.min_delta
+    followed = stopping.follow([record], progress.stopping, metric=metric, min_delta=min_delta)
+    best_step = record['step'] if followed.best_epoch == record['epoch'] else progress.best_step
     history = (*progress.history, record)
-    return dataclasses.replace(progress, history=history, stopping=stopping_state, best_step=best_step)
+    return dataclasses.replace(progress, history=history, stopping=followed, best_step=best_step)
 
 
 class NotFiniteError(Exception):

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax_dlvc import answers, config, results, tables
 from flax_dlvc.results import Cell, Run
+from flax_dlvc.words import plural
 
 
 def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]]) -> str:
@@ -40,7 +41,7 @@ def render(cells: Sequence[Cell], workdir: Path, drawn: Sequence[tuple[str, str]
             answers=map(_shown, answers.to_blocks(cells)),
             figures=[(caption, _data_uri(workdir / 'figures' / f'{stem}.svg')) for stem, caption in drawn],
             runs=[run for cell in cells for run in cell.runs],
-            num_finished=sum(len(cell.finished) for cell in cells),
+            num_finished=plural(sum(len(cell.finished) for cell in cells), 'finished run'),
             fields=lambda run: config.flatten(run.config),
             command=command,
         )

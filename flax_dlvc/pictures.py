@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from flax_dlvc import data
-from flax_dlvc.errors import ConfigError
-from flax_dlvc.rundir import whole
+from flax_dlvc.errors import ConfigError, unwritable
+from flax_dlvc.rundir import storage_error, whole
 
 if TYPE_CHECKING:
     from flax_dlvc.metrics import Predictions  # JAX, for which pictures and tables need not wait
@@ -161,7 +161,18 @@ def encode_png(picture: Any) -> bytes:
 
 
 def write(picture: Any, path: Path) -> None:
-    """Writes a .png or .svg file whole or not at all; may raise an `OSError`."""
+    """Writes a .png or .svg file whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        _write(picture, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _write(picture: Any, path: Path) -> None:
     with whole(path) as temporary:
         _save(picture, temporary, path.suffix)
 
@@ -179,10 +190,11 @@ def save_png(picture: Any, path: Path) -> None:
 
     Raises:
         ConfigError: it is not called .png, or cannot be written there.
+        StorageError: the disk is full or read-only.
     """
     if path.suffix != '.png':
         raise ConfigError(f'{path} is not the name of a .png file')
     try:
-        write(picture, path)
+        _write(picture, path)
     except OSError as error:
-        raise ConfigError(f'cannot write {path}: {error.strerror}; choose another place') from error
+        raise unwritable(path, error, 'choose another place') from error

@@ -26,6 +26,7 @@ from flax_dlvc.images import ImageError, find_images, read_image, without_warnin
 from flax_dlvc.setup import Setup
 from flax_dlvc.steps import normalize
 from flax_dlvc.transfer import load_trained
+from flax_dlvc.words import plural
 
 BATCH_SIZE = 32  # files read before the model sees them
 
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
     elif table.row_count:
         Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
     if unreadable:
-        raise CommandError(f'{unreadable} of {len(records)} images cannot be read')
+        raise CommandError(f'{unreadable} of {plural(len(records), "image")} cannot be read')
 
 
 def describe(prediction: Prediction, class_names: Sequence[str], top: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from rich.table import Column
 from flax_dlvc import pictures
 from flax_dlvc.config import flatten
 from flax_dlvc.data import Dataset
-from flax_dlvc.errors import StorageError
 from flax_dlvc.profiling import timed
+from flax_dlvc.rundir import storage_error
 from flax_dlvc.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ class Display:
     the bar has to be taken down.
     """
 
-    def __init__(self, *, num_epochs: int, steps_per_epoch: int):
+    def __init__(self, *, num_epochs: int, steps_per_epoch: int, metric: str):
         self._num_epochs = num_epochs
+        self._metric = metric.removeprefix('validation_')  # by which the best epoch is chosen
         self._steps_per_epoch = steps_per_epoch
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._is_wide = self._console.width >= WIDE
@@ -78,9 +79,8 @@ class Display:
         """Prints the line of a finished epoch."""
         validation = ''
         if stopping.best_value is not None:
-            best = f'  best {stopping.best_value:.4f}'
-            self._best = f'{best} (epoch {stopping.best_epoch})'
-            self._best_beside_bar = self._best if self._is_wide else best
+            self._best = f'  best {self._metric} {stopping.best_value:.4f} (epoch {stopping.best_epoch})'
+            self._best_beside_bar = self._best if self._is_wide else f'  best {stopping.best_value:.4f}'
             loss, accuracy = record['validation_loss'], record['validation_accuracy']
             validation = f'  validation loss {loss:.4f} accuracy {accuracy:.4f}'
         self.print(
@@ -186,9 +186,7 @@ class TensorBoard:
                 write(step=step, summary=summary)
             self._writer.flush()
         except OSError as error:
-            raise StorageError(
-                f'cannot write {self._directory}: {error.strerror}; free space and start again'
-            ) from error
+            raise storage_error(self._directory, error) from error
 
 
 def _scalars(values: dict[str, float]) -> list[Any]:
@@ -254,7 +252,4 @@ def plot_curves(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    try:
-        pictures.write(figure, path)
-    except OSError as error:
-        raise StorageError(f'cannot write {path}: {error.strerror}; free space and start again') from error
+    pictures.write(figure, path)

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from configs import default
-from flax_dlvc import rundir
+from flax_dlvc import rundir, stopping
 from flax_dlvc.config import CROP_FIELDS, PARTITION_FIELDS, differing_fields, flatten, without_effect
 from flax_dlvc.data import is_same
 from flax_dlvc.errors import ConfigError
+from flax_dlvc.words import plural
 
 T = TypeVar('T')
 
@@ -199,7 +200,7 @@ class Cell:
             if run.failure:
                 notes.append(f'seed {run.config.seed} failed: {run.failure}')
             elif not run.result:
-                notes.append(f'seed {run.config.seed} not finished, {len(run.history)} epochs')
+                notes.append(f'seed {run.config.seed} not finished, {plural(len(run.history), "epoch")}')
         return '; '.join(notes)
 
 
@@ -258,6 +259,13 @@ def read_run(directory: Path, workdir: Path) -> Run:
         data=rundir.read_description(workdir) if (workdir / 'dataset.json').exists() else {},
         failure='' if result else rundir.read_failure(workdir),
     )
+
+
+def best_record(run: Run) -> dict[str, Any] | None:
+    """The record of the epoch that the run tests, or would by now; None where no epoch is finished."""
+    rule = run.config.early_stopping
+    best_epoch = stopping.follow(run.history, metric=rule.metric, min_delta=rule.min_delta).best_epoch
+    return None if best_epoch is None else run.history[best_epoch - 1]
 
 
 def group(runs: Iterable[Run]) -> list[Cell]:

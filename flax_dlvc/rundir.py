@@ -193,7 +193,7 @@ def lock(workdir: Path) -> Iterator[None]:
     try:
         file = (workdir / '.lock').open('w')
     except OSError as error:
-        raise _storage_error(workdir, error) from error
+        raise storage_error(workdir, error) from error
     with file:
         try:
             _lock_soon(file)
@@ -364,7 +364,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _storage_error(path, error) from error
+        raise storage_error(path, error) from error
 
 
 @contextlib.contextmanager
@@ -384,8 +384,9 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise _storage_error(path, error) from error
+        raise storage_error(path, error) from error
 
 
-def _storage_error(path: Path, error: OSError) -> StorageError:
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The error of a run's or a study's file that cannot be written any more."""
     return StorageError(f'cannot write {path}: {error.strerror}; free space or mend the disk, and start again')

@@ -38,6 +38,7 @@ def find(directory: Path) -> list[Path]:
 def describe(directory: Path, workdir: Path) -> dict[str, Any]:
     """A run as a flat record; a damaged one has a name and a state, and None for the rest.
 
+    The best epoch is the one that is tested: by the config's metric or, without validation, the last.
     `seconds` are those of the training steps, by each epoch's images/s: without compiling, evaluating and saving.
     """
     record: dict[str, Any] = {'name': _name(directory, workdir), 'config': {}} | dict.fromkeys(
@@ -45,8 +46,7 @@ def describe(directory: Path, workdir: Path) -> dict[str, Any]:
     )
     try:
         run = results.read_run(directory, workdir)
-        validated = [line for line in run.history if line['validation_accuracy'] is not None]
-        best = max(validated, key=lambda line: line['validation_accuracy'], default=None)
+        best = results.best_record(run)
         state = 'diverged' if rundir.has_diverged(workdir) else 'stopped'
         return record | {
             'config': flatten(run.config),
@@ -143,9 +143,7 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
 def main(argv: list[str]) -> None:
     """Parses the command line and prints."""
     parser = ArgumentParser('python -m flax_dlvc.runs', description='The run directories below a folder as a table.')
-    parser.add_argument(
-        'directory', type=existing_directory, nargs='?', default='runs', help='the folder; runs by default'
-    )
+    parser.add_argument('directory', type=existing_directory, nargs='?', help='the folder; runs by default')
     parser.add_argument('--sort', default='name', metavar='COLUMN', help=f'name, {", ".join(RESULTS)} or a field')
     parser.add_argument('--json', action='store_true', help='everything, with all fields of the configs, as JSON')
     parser.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='two runs, by their names in the table or paths')
@@ -153,10 +151,10 @@ def main(argv: list[str]) -> None:
         '--out', type=named_path, default=Path('comparison.png'), help='the picture that --compare draws'
     )
     arguments = parser.parse_args(argv[1:])
-    directory = arguments.directory
-    if arguments.compare:
-        compare(directory, arguments.compare, arguments.out)
+    if arguments.compare:  # by paths it needs no folder
+        compare(arguments.directory or Path('runs'), arguments.compare, arguments.out)
         return
+    directory = arguments.directory or existing_directory('runs')
     records = sort([describe(directory, workdir) for workdir in find(directory)], arguments.sort)
     if arguments.json:
         print(json.dumps(records, indent=2))

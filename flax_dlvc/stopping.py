@@ -1,6 +1,8 @@
 """Early stopping as a pure function of its state and the new value."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,29 @@ def update(state: Stopping, value: float, epoch: int, *, minimize: bool, min_del
     if improved:
         return Stopping(value, epoch, 0)
     return dataclasses.replace(state, epochs_without_improvement=state.epochs_without_improvement + 1)
+
+
+def follow(
+    records: Iterable[Mapping[str, Any]], state: Stopping | None = None, *, metric: str, min_delta: float
+) -> Stopping:
+    """Takes note of the records of finished epochs, by the metric that chooses the best.
+
+    Without validation nothing is chosen: the last epoch is the one to test.
+
+    Args:
+        records: of a history, with the number of its epoch and its metric, None where there is no validation.
+        state: what is remembered of the epochs before.
+        metric: 'validation_accuracy', or 'validation_loss', of which less is better.
+        min_delta: as in `update`.
+    """
+    state = state or Stopping()
+    for record in records:
+        if record[metric] is None:
+            state = Stopping(best_epoch=record['epoch'])
+        else:
+            minimize = metric == 'validation_loss'
+            state = update(state, record[metric], record['epoch'], minimize=minimize, min_delta=min_delta)
+    return state
 
 
 def should_stop(state: Stopping, *, patience: int) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from flax_dlvc import data, distributed, results, rundir, tables
-from flax_dlvc.board import Board, describe_time
+from flax_dlvc.board import Board
 from flax_dlvc.config import differing_fields
 from flax_dlvc.errors import (
     ArgumentParser,
@@ -35,6 +35,7 @@ from flax_dlvc.errors import (
 )
 from flax_dlvc.grid import Planned, plan
 from flax_dlvc.results import MODELS, REGULARIZATIONS
+from flax_dlvc.words import describe_time, plural
 
 if TYPE_CHECKING:
     from flax_dlvc.setup import Setup
@@ -237,9 +238,9 @@ def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
             seconds = begin + per_run * len(left)
             total += seconds
             note = f', {begin:.1f} s to begin, {1000 * per_step:.0f} ms a step, about {describe_time(seconds)}'
-        print(f'{cell}: {len(runs)} seeds, {len(runs) - len(left)} finished{note}', flush=True)
+        print(f'{cell}: {plural(len(runs), "seed")}, {len(runs) - len(left)} finished{note}', flush=True)
         print(f'  python {shlex.join(runs[0].command)}')
-    print(f'{len(grid)} runs; about {describe_time(total)} one after the other, less where they stop early')
+    print(f'{plural(len(grid), "run")}; about {describe_time(total)} one after the other, less where they stop early')
 
 
 # The command
@@ -273,8 +274,14 @@ def main(argv: list[str]) -> None:
     if distributed.num_processes() > 1:
         raise ConfigError('a study is one process; several form one run of flax_dlvc.main')
     workdir = arguments.workdir
+    written = f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, runs.csv, answers.md, figures/'
     if arguments.rebuild:
+        given = {flag for flag in vars(arguments) if getattr(arguments, flag) != parser.get_default(flag)}
+        surplus = [f'--{flag.replace("_", "-")}' for flag in sorted(given - {'workdir', 'rebuild'})] + overrides
+        if surplus:
+            raise ConfigError(f'--rebuild takes all runs that are there, so it goes without {", ".join(surplus)}')
         write(existing_directory(workdir))
+        print(written)
         return
     grid = plan(
         workdir,
@@ -289,14 +296,14 @@ def main(argv: list[str]) -> None:
         return
     carry_out(grid, arguments.parallel_runs)
     write(workdir, grid[0].config)
-    print(f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, answers.md, figures/')
+    print(written)
     for state, problem, advice in (
         ('failed', 'failed', 'the table says why'),
         ('elsewhere', 'are trained by another process', 'start again when it has ended'),
     ):
         runs = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == state]
         if runs:
-            raise CommandError(f'{len(runs)} of {len(grid)} runs {problem}: {", ".join(runs)}; {advice}')
+            raise CommandError(f'{len(runs)} of {plural(len(grid), "run")} {problem}: {", ".join(runs)}; {advice}')
 
 
 def _names(known: dict[str, str]) -> Any:
@@ -317,7 +324,7 @@ def write(workdir: Path, config: ConfigDict | None = None) -> None:
 
     Args:
         workdir: the study's directory.
-        config: of a run; where given, the dataset is loaded for the strip of augmented images if it is not there yet.
+        config: of a run; where given, its dataset is loaded for the strip of augmented images, unless that is there.
     """
     from flax_dlvc import answers, figures, page
 
@@ -333,7 +340,7 @@ def write(workdir: Path, config: ConfigDict | None = None) -> None:
         ('answers.md', answers.to_answers(cells)),
     ):
         rundir.write_text(workdir / name, text)
-    if config is not None and not (workdir / 'examples.png').exists():
+    if config is not None and figures.dataset_of_examples(workdir / 'examples.png') != config.dataset:
         with contextlib.suppress(ConfigError):  # the dataset is gone, which nothing but the strip needs
             figures.save_examples(config, workdir / 'examples.png')
     drawn = figures.draw_all(cells, workdir)

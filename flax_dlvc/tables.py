@@ -100,7 +100,8 @@ def to_markdown(cells: Sequence[Cell]) -> str:
         text += f'## {escape_markdown(dataset)}\n\n{caption(members)}\n\n'
         text += markdown([title for title, _ in COLUMNS], rows)
         named = [[cell.title, *(percent(a, 1) for a in per_class(cell))] for cell in members if cell.finished]
-        text += '\nAccuracy by class (%), averaged over seeds:\n\n' + markdown(['', *class_names(members)], named)
+        if named:
+            text += '\nAccuracy by class (%), averaged over seeds:\n\n' + markdown(['', *class_names(members)], named)
     return text
 
 

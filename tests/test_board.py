@@ -83,6 +83,29 @@ def test_a_terminal_that_cannot_redraw_gets_a_line_for_each_run(tmp_path, monkey
     assert capsys.readouterr().out.count('[1/1] cnn seed 0 failed after epoch 0: why') == lines
 
 
+def test_when_all_have_ended_no_time_is_left(tmp_path):
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=2)
+    for planned in grid:
+        planned.state, planned.seconds_per_epoch = 'finished', 1.0
+    assert Board(grid, 2).time_left() == 'all have ended'
+
+
+def test_a_narrow_terminal_shows_what_tells_rows_apart_in_a_line_each(tmp_path):
+    vary = ['augment.random_resized_crop_scale_min=0.125,0.25,0.5']
+    grid = plan(tmp_path, models=['resnet18'], regularizations=['dropout_augment'], seeds=1, vary=vary)
+    for planned in grid:
+        planned.epochs, planned.best, planned.state = 30, 0.5, 'elsewhere'
+    board = Board(grid, 1)
+    board._console = Console(width=80, height=24, color_system=None)
+    with board._console.capture() as capture:
+        board._console.print(board._render())
+    rows = [line for line in capture.get().splitlines() if 'resnet18' in line]
+    assert len(rows) == 3
+    assert all(
+        f'={end} ' in row and '│ 30/30 │' in row for row, end in zip(rows, ('0.125', '0.25', '0.5'), strict=True)
+    )
+
+
 @pytest.mark.parametrize('lines', [12, 24, 80])
 def test_a_low_terminal_shows_the_runs_that_matter(tmp_path, lines):
     grid = plan(tmp_path, models=['cnn', 'vit'], regularizations=['none', 'dropout'], seeds=9)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from configs import cnn, resnet18, vit
 from flax_dlvc import export
-from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc.errors import ConfigError
 from flax_dlvc.images import read_image
 from flax_dlvc.setup import set_up
 from flax_dlvc.transfer import load_trained, save_as_run
@@ -153,6 +153,6 @@ def test_an_out_that_cannot_be_read_or_written(workdir, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(tmp_path), 'write_bytes', deny)
         for out in (tmp_path, tmp_path / 'new' / 'out'):
-            with pytest.raises(StorageError, match=r'cannot write .*: Permission denied; choose another --out'):
+            with pytest.raises(ConfigError, match=r'cannot write .*: Permission denied; choose another --out'):
                 export.export(workdir, 'best', out)
             assert not list(tmp_path.rglob('model*')) and not list(tmp_path.rglob('.writing'))

@@ -168,6 +168,31 @@ def test_an_axis_that_changes_no_row_is_refused(tmp_path, axis, regularization):
     assert {field in row.cell for row in rows} == {True, False}  # the others stay as they are
 
 
+def test_what_is_set_for_every_run_leaves_rows_without_a_technique_without_it(tmp_path):
+    overrides = ['--config.dropout_rate=0.25', '--config.augment.random_mirror=False', '--config.learning_rate=0.5']
+    rows = ['none', 'dropout', 'augment', 'dropout_augment']
+    grid = plan(tmp_path, models=['cnn'], regularizations=rows, seeds=1, overrides=overrides)
+    configs = [planned.config for planned in grid]
+    assert [config.dropout_rate for config in configs] == [0.0, 0.25, 0.0, 0.25]
+    assert [config.augment.random_resized_crop for config in configs] == [False, False, True, True]
+    assert not any(config.augment.random_mirror for config in configs)
+    assert {config.learning_rate for config in configs} == {0.5}
+    for planned in grid:
+        assert parse_command_line(make_parser(), planned.command[1:])[1] == planned.config
+
+    for override in ('--config.dropout_rate=0.25', '--config.augment.random_mirror=True'):
+        with pytest.raises(ConfigError, match=rf'^{override.partition("=")[0]} changes none of the rows; see --models'):
+            plan(tmp_path, models=['cnn', 'vit'], regularizations=['none'], seeds=1, overrides=[override])
+
+
+def test_a_value_that_is_spelled_twice_makes_one_row(tmp_path):
+    axes = ['learning_rate=0.1, 0.10,1e-1,0.2', 'optimizer.momentum=0.5,0.6']  # and AdamW has no such momentum
+    grid = plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1, vary=axes[:1])
+    assert [planned.cell for planned in grid] == ['cnn,learning_rate=0.1', 'cnn,learning_rate=0.2']
+    with pytest.raises(ConfigError, match=r'^--vary optimizer\.momentum changes none of the rows'):
+        plan(tmp_path, models=['cnn'], regularizations=['none'], seeds=1, vary=axes)
+
+
 def test_the_command_of_a_run_is_its_config(tmp_path):
     axes = ['augment.random_resized_crop_ratio=(0.5,2)']
     overrides = ['--config.early_stopping.patience=0', '--config.keep_checkpoints=3', '--config.splits.validation=']

@@ -378,7 +378,7 @@ def test_the_speed_is_that_of_all_calls_but_the_first(small_config, monkeypatch)
     monkeypatch.setattr(loop, 'time', SimpleNamespace(perf_counter=lambda: next(seconds)))
     setup = set_up(small_config)
     sums = Sums(Average(total=1.0, count=1), ConfusionMatrix(np.eye(10, dtype=np.int32)))
-    monitor = loop.Monitor(setup, 0, loop.Display(num_epochs=1, steps_per_epoch=9))
+    monitor = loop.Monitor(setup, 0, loop.Display(num_epochs=1, steps_per_epoch=9, metric='validation_loss'))
     for step in (3, 6, 9):
         monitor.note(step, sums)
     assert monitor.finish() == (9 - 3) * 64 / (11.0 - 10.0)
@@ -493,11 +493,13 @@ def test_the_average_of_the_parameters_is_what_is_validated(small_config, tmp_pa
     assert read_history(tmp_path / 'moving')[1]['validation_loss'] < second['validation_loss']
 
 
-def test_without_validation_all_epochs_run_and_the_last_is_tested(small_config, tmp_path):
+def test_without_validation_all_epochs_run_and_the_last_is_tested(small_config, tmp_path, capsys):
     small_config.splits.train, small_config.splits.validation = 'train[:8%]+train[20%:22%]', ''
     small_config.early_stopping.patience, small_config.num_epochs = 0, 2
     small_config.test_time_augmentation = 'mirror_translate'
     result = loop.run(small_config, tmp_path)
+    output = capsys.readouterr().out
+    assert '\ntest, last epoch 2: accuracy' in output and 'best' not in output
     assert result['best_epoch'] == result['epochs_run'] == 2 and not result['stopped_early']
     history = read_history(tmp_path)
     assert [record['validation_accuracy'] for record in history] == [None, None]

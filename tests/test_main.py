@@ -213,6 +213,14 @@ def test_evaluating_a_damaged_directory_is_one_line(whole_run, tmp_path, command
     assert not (workdir / 'evaluation-test.json').exists()
 
 
+@pytest.mark.parametrize('module', ['main', 'study', 'evaluate'])
+def test_a_directory_without_a_name_is_not_the_current_one(command, small_run_flags, tmp_path, module):
+    flags = ['--config', ROOT / 'configs' / 'cnn.py', *small_run_flags] if module == 'main' else []
+    done = command(module, *flags, '--workdir', '')
+    assert_refused(done)
+    assert 'empty name; is a shell variable not set?' in done.stderr
+
+
 @pytest.mark.parametrize('flags', [['--workdir', '/nowhere'], [], ['--workdir', '.', '--split', 'exam'], ['--help me']])
 def test_evaluate_refuses_bad_arguments_in_one_line(command, flags):
     assert_refused(command('evaluate', *flags))

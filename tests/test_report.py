@@ -128,14 +128,14 @@ def test_curves_are_a_picture(tmp_path, small_config, epochs):
 
 
 def test_the_display_prints_a_line_per_epoch_without_a_terminal(capsys):
-    with Display(num_epochs=12, steps_per_epoch=10) as display:
+    with Display(num_epochs=12, steps_per_epoch=10, metric='validation_loss') as display:
         display.step(5, {'cross_entropy': 1.0, 'accuracy': 0.5}, 100.0)
         display.epoch(make_record(1), Stopping(0.25, 1, 0))
         display.print('[not markup]')
     out = capsys.readouterr().out
     assert out.splitlines() == [
         'epoch   1/12  train loss 1.0000 accuracy 0.5000  validation loss 2.0000 accuracy 0.2500'
-        '  learning rate 1.00e-03  1,234 images/s  best 0.2500 (epoch 1)',
+        '  learning rate 1.00e-03  1,234 images/s  best loss 0.2500 (epoch 1)',
         '[not markup]',
     ]
 
@@ -144,12 +144,12 @@ def test_the_display_prints_a_line_per_epoch_without_a_terminal(capsys):
 def test_the_live_bar_shows_all_in_a_narrow_terminal_too(monkeypatch, capsys, width):
     terminal = functools.partial(Console, width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr(report, 'Console', terminal)
-    with Display(num_epochs=100, steps_per_epoch=312) as display:
+    with Display(num_epochs=100, steps_per_epoch=312, metric='validation_accuracy') as display:
         display.epoch(make_record(29), Stopping(0.75, 29, 0))
         for step in (29 * 312 + 1, 29 * 312 + 200):
             display.step(step, {'cross_entropy': 12.345, 'accuracy': 0.5}, 123456.0)
     *_, bar, _ = capsys.readouterr().out.splitlines()  # then the cursor comes back
-    best = 'best 0.7500 (epoch 29)' if width == 160 else 'best 0.7500'
+    best = 'best accuracy 0.7500 (epoch 29)' if width == 160 else 'best 0.7500'
     said = rf'loss 12\.345  accuracy 0\.500  123,456 images/s  {re.escape(best)}'
     middle = r' ━.* 9248/31200 ' if width == 160 else ' '
     assert re.search(rf'epoch 30/100{middle}\d:\d\d:\d\d {said}$', bar.rstrip()), bar

@@ -57,6 +57,23 @@ def test_a_record_says_what_the_run_recorded(folder, records, small_vit_config):
     assert 'loss is' in records[1]['failure']
 
 
+def test_the_best_epoch_is_the_one_that_the_run_chose(folder, tmp_path, capsys):
+    """Here by the loss, of which the second is the least; without validation, the last."""
+    workdir = shutil.copytree(folder / 'deeper' / 'b', tmp_path / 'b')
+    config = rundir.read_config(workdir)
+    config.early_stopping.metric = 'validation_loss'
+    rundir.write_text(workdir / 'config.json', rundir.config_module.to_json(config))
+    first, second = rundir.read_history(workdir)
+    losses = {'validation_loss': 0.5, 'validation_accuracy': 0.25}
+    rundir.write_history(workdir, [first | {'validation_loss': 0.75, 'validation_accuracy': 0.5}, second | losses])
+    record = runs.describe(tmp_path, workdir)
+    assert (record['best_epoch'], record['best_validation_accuracy']) == (2, 0.25)
+    nothing = {'validation_loss': None, 'validation_accuracy': None}
+    rundir.write_history(workdir, [first | nothing, second | nothing])
+    record = runs.describe(tmp_path, workdir)
+    assert (record['best_epoch'], record['best_validation_accuracy']) == (2, None)
+
+
 def test_the_table_has_the_fields_that_differ_and_no_others(folder, capsys):
     runs.main(['runs', str(folder)])
     head, *rows = capsys.readouterr().out.splitlines()

@@ -76,7 +76,7 @@ def test_a_terminal_shows_a_line_per_run(whole_study):
     assert re.search(r'at most about \d+ seconds left', text)
     assert re.search(r'cnn +│ 0 +│ running +│ [12]/3 +│ 0\.\d{4}', text)
     assert re.search(r'cnn_dropout +│ 1 +│ waiting +│ 0/3 +│ +│', text)
-    last = text[text.rindex('best validation accuracy') :]
+    last = text[text.rindex('best validation') :]
     for cell in ('cnn', 'cnn_dropout'):
         for seed in (0, 1):
             best = max(r['validation_accuracy'] for r in read_history(directory / cell / f'seed_{seed}'))

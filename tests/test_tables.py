@@ -8,10 +8,12 @@ import shlex
 import shutil
 import subprocess
 import types
+import warnings
 
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from flax_dlvc import answers, data, figures, page, results, rundir, study, tables
 from flax_dlvc.board import Board
@@ -193,11 +195,10 @@ def test_hostile_text_is_shown_and_not_run(finished_study):
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 PROBE = """<script>addEventListener('load', () => {
 const table = document.querySelector('table.sortable'), report = {title: document.title};
-const column = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[3].dataset.key));
+const keys = () => [...table.tBodies[0].rows].map((row) => row.cells[3].dataset.key);
 const button = table.tHead.rows[0].cells[3].querySelector('button');
-const numbers = () => column().filter((x) => !isNaN(x));
-button.click(); report.up = numbers();
-button.click(); report.down = numbers();
+button.click(); report.up = keys();
+button.click(); report.down = keys();
 report.fetched = performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !n.startsWith('data:'));
 document.querySelectorAll('details').forEach((d) => { d.open = true; });
 report.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
@@ -226,8 +227,9 @@ def test_the_page_in_a_browser(finished_study, tmp_path, width):
     assert found, done.stderr[-2000:]
     report = json.loads(html.unescape(found[1]))
     assert report['title'].startswith('CNN, ResNet18 and ViT')
-    assert report['up'] == sorted(report['up']) and len(report['up']) == 6
-    assert report['down'] == report['up'][::-1]
+    numbers = [float(key) for key in report['up'][:6]]
+    assert numbers == sorted(numbers) and [float(key) for key in report['down'][:6]] == numbers[::-1]
+    assert set(report['up'][6:]) == set(report['down'][6:]) == {'–'}  # what is not known comes last, either way
     assert report['fetched'] == []
     assert width - 20 <= report['width'] <= width  # less a scroll bar
     assert report['wide'] <= 0
@@ -356,8 +358,8 @@ def test_pictures_show_of_each_row_one_crop_and_say_what_is_special(finished_stu
     assert shown_titles(drawn['curves_cnn']) == shown_titles(drawn['confusion_cnn']) == rows
     titles = [f'CNN, augmentation, learning_rate {rate}' for rate in (0.01, 0.1)]
     assert [title for title, _ in answers.crop_scales(cells)] == titles
-    (axes,) = drawn['crop_scale'].axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == titles
+    (legend,) = drawn['crop_scale'].legends
+    assert [text.get_text() for text in legend.get_texts()] == titles
 
 
 @pytest.mark.parametrize('field', ['random_mirror', 'random_resized_crop'])
@@ -450,6 +452,65 @@ def test_runs_of_other_classes_are_in_no_table_together(tmp_path):
     study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
 
 
+def test_the_legend_of_crop_scales_is_inside_of_the_picture(tmp_path):
+    for rate in (0.1, 0.01):
+        for scale in (0.08, 0.5):
+            fields = {'learning_rate': rate, 'augment.random_resized_crop_scale': (scale, 1.0)}
+            fields |= {'optimizer.gradient_clip_norm': 1.0, 'schedule.name': 'cosine', 'label_smoothing': 0.1}
+            directory = tmp_path / f'cnn_dropout_augment,{rate},{scale}' / 'seed_0'
+            write_run(directory, 'cnn_dropout_augment', 0, 0.7, **fields)
+    drawn = {stem: figure for stem, _, figure in figures._figures(study_cells(tmp_path), tmp_path)}
+    figure = drawn['crop_scale']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # as of a layout that has no room
+        FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.axes[0].get_window_extent().y0
+
+
+def test_the_strip_of_images_says_of_which_dataset_and_is_drawn_anew_for_another_one(finished_study, tmp_path):
+    config = results.read_runs(finished_study)[0].config
+    config.dataset = 'digits'
+    assert figures.dataset_of_examples(tmp_path / 'examples.png') == ''
+    figures.save_examples(config, tmp_path / 'examples.png')
+    assert figures.dataset_of_examples(tmp_path / 'examples.png') == 'digits'
+    write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
+    captions = dict(figures.draw_all(study_cells(tmp_path), tmp_path))
+    assert captions['augmentation'].startswith('What augmentation does to a few training images of digits, by')
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, 'save_examples', lambda config, path: seen.append(config.dataset))
+        for dataset in ('digits', 'folder:own'):
+            config.dataset = dataset
+            study.write(tmp_path, config)
+    assert seen == ['folder:own']
+
+
+def test_rebuild_goes_alone_and_says_what_it_wrote(tmp_path, capsys):
+    write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.7)
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    assert capsys.readouterr().out.startswith(f'written: {tmp_path}/report.html, table.md, ')
+    for flags, named in (
+        (['--seeds=2'], '--seeds'),
+        (['--models=cnn', '--config.num_epochs=1'], '--models, --config.num_epochs=1'),
+        (['--parallel-runs', '2', '--dry-run'], '--dry-run, --parallel-runs'),
+    ):
+        with pytest.raises(ConfigError, match=rf'^--rebuild takes all runs .* goes without {re.escape(named)}$'):
+            study.main(['study', '--workdir', str(tmp_path), '--rebuild', *flags])
+
+
+def test_where_nothing_is_finished_no_table_is_empty(tmp_path):
+    rundir.create(tmp_path / 'cnn' / 'seed_0', results.base_config('cnn'))
+    study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
+    for name in ('table.md', 'answers.md'):
+        lines = (tmp_path / name).read_text().splitlines()
+        rules = [place for place, line in enumerate(lines) if line.startswith('| --- |')]
+        assert all(lines[place + 1].startswith('|') for place in rules), name
+    page_text = (tmp_path / 'report.html').read_text()
+    assert 'here are 0 finished runs.' in page_text and 'Accuracy by class' not in page_text
+
+
 def test_runs_of_other_images_are_in_no_table_together(tmp_path):
     def write(seed, splits, num_train, mean):
         name = f'cnn,splits.train={splits.translate(WRITABLE)}/seed_{seed}'
@@ -491,7 +552,7 @@ def test_a_model_of_which_nothing_is_finished_is_named(tmp_path):
     for name in ('cnn', 'cnn_augment'):
         (tmp_path / name / 'seed_0' / 'result.json').unlink()
     text = answers.to_answers(study_cells(tmp_path))
-    assert f'* CNN, ViT{missing}' in text and 'ended 0 of 0 runs' in text
+    assert f'* CNN, ViT{missing}' in text and f'No run is finished: {answers.NOT_ENOUGH}.' in text
     gentle = results.base_config('cnn_augment')
     gentle.augment.random_resized_crop_scale = (0.5, 1.0)
     rundir.create(tmp_path / 'cnn_gentle' / 'seed_0', gentle)
