@@ -6,11 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from flax_dlvc.errors import ConfigError, StoppedError, ending, existing_directory, run_command
+from flax_dlvc.errors import (
+    ConfigError,
+    StoppedError,
+    StorageError,
+    ending,
+    existing_directory,
+    run_command,
+    unwritable,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,12 @@ def test_a_command_searches_for_garbage_seldom_but_does():
     with pytest.raises(SystemExit):
         run_command(main)
     assert searches == [0, 1]
+
+
+@pytest.mark.parametrize(('number', 'kind'), [(errno.ENOSPC, StorageError), (errno.EACCES, ConfigError)])
+def test_the_disk_is_to_blame_or_the_name(number, kind):
+    error = unwritable(Path('a'), OSError(number, 'why', 'temporary'), 'choose another --out')
+    assert (type(error), str(error)) == (kind, 'cannot write a: why; choose another --out')
 
 
 def test_a_directory_that_has_to_be_there(tmp_path):

@@ -132,6 +132,8 @@ def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, com
         done = command('interop', 'export', '--workdir', trained, '--weights', weights_name)
         assert done.returncode == 2
         assert done.stderr == f'error: {weights_name} is a directory; name a file with --weights\n'
+    done = command('interop', 'export', '--workdir', trained, '--weights', tmp_path / 'nowhere' / 'cnn.safetensors')
+    assert done.returncode == 2 and 'No such file or directory; choose another --weights' in done.stderr
     before = sorted(path for path in imported.rglob('*') if path.name != '.lock')
     in_place = command('main', *config, '--workdir', imported)
     assert in_place.returncode == 2 and in_place.stderr.count('\n') == 1

@@ -158,6 +158,14 @@ def test_compare_draws_and_names_what_differs(folder, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_paths_are_compared_where_there_is_no_folder_of_runs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs.main(['runs', '--compare', str(folder / 'a'), str(folder / 'deeper' / 'b')])
+    assert capsys.readouterr().out.endswith('curves: comparison.png\n') and (tmp_path / 'comparison.png').exists()
+    with pytest.raises(ConfigError, match=r'^runs is not a directory$'):
+        runs.main(['runs'])
+
+
 def test_compare_draws_a_line_per_run_and_split(folder):
     from flax_dlvc import figures, results
 
