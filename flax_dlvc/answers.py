@@ -43,9 +43,9 @@ def to_blocks(cells: Sequence[Cell]) -> list[Block]:
 NOT_ENOUGH = '**not enough runs to say**'
 
 
-def verdict(left: Cell, right: Cell, metric: str = 'accuracy') -> str:
+def verdict(left: Cell, right: Cell) -> str:
     """Says whether `left` is better than `right`, with the evidence, or that this cannot be said."""
-    a, b = left.values(metric), right.values(metric)
+    a, b = left.values('accuracy'), right.values('accuracy')
     difference = results.difference_of_means(a, b)
     shown = f'{tables.signed(difference, 100)} points of accuracy (seeds: {len(a)} against {len(b)})'
     if difference.interval is None:
@@ -67,7 +67,7 @@ def _experiments(cells: Sequence[Cell]) -> list[Block]:
         return [('paragraph', f'No run is finished: {NOT_ENOUGH}.', [])]
     rows = [['Experiment', 'Seeds', 'Train (%)', 'Validation (%)', 'Test (%)', 'Best epoch', 'Epochs run']]
     for cell in cells:
-        best = [run.history[run.result['best_epoch'] - 1] for run in cell.finished if run.result]
+        best = [run.history[run.result['best_epoch'] - 1] for run in cell.finished]
         rows.append(
             [
                 cell.title,
@@ -75,7 +75,7 @@ def _experiments(cells: Sequence[Cell]) -> list[Block]:
                 *(_mean([record[f'{split}_accuracy'] for record in best]) for split in ('train', 'validation')),
                 _mean(cell.values('accuracy')),
                 tables.best_epochs(cell),
-                ', '.join(str(run.result['epochs_run']) for run in cell.finished if run.result),
+                ', '.join(str(run.result['epochs_run']) for run in cell.finished),
             ]
         )
     note = (
@@ -87,7 +87,7 @@ def _experiments(cells: Sequence[Cell]) -> list[Block]:
         for cell in cells
         if cell.regularization != 'none'
     ]
-    finished = [run.result for cell in cells for run in cell.finished if run.result]
+    finished = [run.result for cell in cells for run in cell.finished]
     early = sum(result['stopped_early'] for result in finished)
     ended = f'Early stopping ended {early} of {plural(len(finished), "run")} before the last epoch.'
     return [('paragraph', note, []), ('table', rows, []), *comparisons, ('item', ended, [])]

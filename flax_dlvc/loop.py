@@ -75,7 +75,7 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
         display,
     ):
         if distributed.is_main():
-            rundir.write_failure(workdir, '')  # of an attempt before this one
+            rundir.remove_failure(workdir)
         try:
             result = train_and_test(setup, workdir, checkpoints, tensorboard, display)
         except DivergedError as error:

@@ -31,17 +31,17 @@ REGULARIZATIONS = {
     'dropout_augment': 'dropout and augmentation',
 }
 
-# The report's Table 1: accuracy (fraction) and cross-entropy (nats) on CIFAR-10's test images, one run each.
+# The report's Table 1, on CIFAR-10's test images: accuracy (fraction) and cross-entropy (nats) of one run each.
 REPORT = {
-    ('resnet18', 'none'): (0.7167, 1.51),
-    ('resnet18', 'dropout'): (0.7069, 1.37),
-    ('resnet18', 'augment'): (0.5977, 2.36),
-    ('cnn', 'none'): (0.7016, 1.17),
-    ('cnn', 'dropout'): (0.7167, 0.85),
-    ('cnn', 'augment'): (0.5963, 1.49),
-    ('vit', 'none'): (0.6349, 1.27),
-    ('vit', 'dropout'): (0.6398, 1.23),
-    ('vit', 'augment'): (0.561, 1.34),
+    ('resnet18', 'none'): {'accuracy': 0.7167, 'cross_entropy': 1.51},
+    ('resnet18', 'dropout'): {'accuracy': 0.7069, 'cross_entropy': 1.37},
+    ('resnet18', 'augment'): {'accuracy': 0.5977, 'cross_entropy': 2.36},
+    ('cnn', 'none'): {'accuracy': 0.7016, 'cross_entropy': 1.17},
+    ('cnn', 'dropout'): {'accuracy': 0.7167, 'cross_entropy': 0.85},
+    ('cnn', 'augment'): {'accuracy': 0.5963, 'cross_entropy': 1.49},
+    ('vit', 'none'): {'accuracy': 0.6349, 'cross_entropy': 1.27},
+    ('vit', 'dropout'): {'accuracy': 0.6398, 'cross_entropy': 1.23},
+    ('vit', 'augment'): {'accuracy': 0.561, 'cross_entropy': 1.34},
 }
 CROP_SCALE = 'augment.random_resized_crop_scale'
 TECHNIQUES = {  # the fields in which a row with one of them differs from a row without
@@ -101,12 +101,12 @@ def _interval(value: float, squared_error: float, degrees: float) -> tuple[float
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory as it was found; `result` is None while the run is not finished."""
+    """A run directory as it was found; `result` is empty while the run is not finished."""
 
     name: str  # the directory below the study's
     config: ConfigDict
     history: tuple[dict[str, Any], ...]
-    result: dict[str, Any] | None
+    result: dict[str, Any]
     evaluation: dict[str, Any]  # evaluation-test.json; empty where there is none of the best checkpoint
     data: dict[str, Any]  # dataset.json; empty where there is none
     failure: str
@@ -114,7 +114,7 @@ class Run:
     @property
     def test(self) -> dict[str, Any]:
         """All that is known of the test split."""
-        return self.evaluation | (self.result or {}).get('test', {})
+        return self.evaluation | self.result.get('test', {})
 
     @cached_property
     def epoch_seconds(self) -> list[float]:
@@ -166,9 +166,9 @@ class Cell:
         return [run.test[metric] for run in self.finished if run.test.get(metric) is not None]
 
     @property
-    def report(self) -> tuple[float, float] | None:
-        """The report's accuracy and cross-entropy, where it has them and they are of the same data."""
-        return REPORT.get((self.model, self.regularization)) if self.dataset == 'cifar10' else None
+    def report(self) -> dict[str, float]:
+        """The report's metrics, where it has them and they are of the same data; else empty."""
+        return REPORT.get((self.model, self.regularization), {}) if self.dataset == 'cifar10' else {}
 
     def without(self, field: str) -> 'Cell':
         """The cell as if a field were as in the config file, to tell what it shares with others and to name that."""
@@ -254,10 +254,10 @@ def read_run(directory: Path, workdir: Path) -> Run:
         name=workdir.relative_to(directory).as_posix(),
         config=rundir.read_config(workdir),
         history=history,
-        result=result,
+        result=result or {},
         evaluation=evaluation,
         data=rundir.read_description(workdir) if (workdir / 'dataset.json').exists() else {},
-        failure='' if result else rundir.read_failure(workdir),
+        failure='' if result else rundir.read_failure(workdir)[0],
     )
 
 

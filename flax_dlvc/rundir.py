@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import config as config_module
 from flax_dlvc import data
-from flax_dlvc.errors import ConfigError, DivergedError, StorageError
+from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.profiling import timed
 
 # What is read of these files, at least, and its types. A run without validation has None for it; so has a class that
@@ -252,16 +252,7 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: there is one, but damaged.
     """
-    path = workdir / 'result.json'
-    try:
-        result = json.loads(path.read_text())
-        if not _has_form(result, _RESULT):
-            raise ValueError('not the result of a run')
-        return result
-    except FileNotFoundError:
-        return None
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f'{path} is damaged; remove it and the run ends again from its checkpoint') from error
+    return _read(workdir / 'result.json', _RESULT, 'remove it and the run ends again from its checkpoint')
 
 
 def read_test_evaluation(workdir: Path) -> dict[str, Any]:
@@ -270,16 +261,33 @@ def read_test_evaluation(workdir: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is damaged.
     """
-    path = workdir / 'evaluation-test.json'
+    return _read(workdir / 'evaluation-test.json', _EVALUATION, 'remove it, and evaluate writes it anew') or {}
+
+
+def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
+    """What metrics.jsonl holds, a record per finished epoch; () where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+
+    def parse(text: str) -> list[Any]:
+        return [json.loads(line) for line in text.splitlines()]
+
+    return tuple(_read(workdir / 'metrics.jsonl', [_RECORD], ANEW, parse) or ())
+
+
+def _read(path: Path, form: Any, advice: str, parse: Callable[[str], Any] = json.loads) -> Any:
+    """What a file holds, which has to have a form; None where there is none."""
     try:
-        evaluation = json.loads(path.read_text())
-        if not _has_form(evaluation, _EVALUATION):
-            raise ValueError('not an evaluation')
-        return evaluation
+        value = parse(path.read_text())
+        if not _has_form(value, form):
+            raise ValueError('JSON of something else')
+        return value
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f'{path} is damaged; remove it, and evaluate writes it anew') from error
+        return None
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f'{path} is damaged; {advice}') from error
 
 
 def _has_form(value: Any, form: Any) -> bool:
@@ -289,24 +297,6 @@ def _has_form(value: Any, form: Any) -> bool:
     if isinstance(form, list):
         return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
     return isinstance(value, form) and (form is bool or not isinstance(value, bool))
-
-
-def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
-    """What metrics.jsonl holds, a record per finished epoch; () where there is none.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    path = workdir / 'metrics.jsonl'
-    try:
-        history = tuple(json.loads(line) for line in path.read_text().splitlines())
-        if not all(_has_form(record, _RECORD) for record in history):
-            raise ValueError('not the record of an epoch')
-        return history
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f'{path} is damaged; {ANEW}') from error
 
 
 def write_history(workdir: Path, history: Sequence[dict[str, Any]]) -> None:
@@ -326,29 +316,23 @@ def write_evaluation(workdir: Path, split: str, metrics: dict[str, Any]) -> Path
     return path
 
 
-def write_failure(workdir: Path, message: str, exit_code: int = 1) -> None:
-    """Writes failure.json: why a run diverged, or one of a study did not end; an empty message removes it."""
-    path = workdir / 'failure.json'
-    if message:
-        write_text(path, json.dumps({'message': message, 'exit_code': exit_code}) + '\n')
-    else:
-        _remove(path)
+def write_failure(workdir: Path, message: str, exit_code: int) -> None:
+    """Writes failure.json: why a run diverged, or one of a study did not end."""
+    write_text(workdir / 'failure.json', json.dumps({'message': message, 'exit_code': exit_code}) + '\n')
 
 
-def read_failure(workdir: Path) -> str:
-    """Why the run did not end; '' where no failure was written."""
+def remove_failure(workdir: Path) -> None:
+    """Removes failure.json, which is of an attempt before this one."""
+    _remove(workdir / 'failure.json')
+
+
+def read_failure(workdir: Path) -> tuple[str, int]:
+    """Why the run did not end, and its exit code; ('', 0) where no failure can be read."""
     try:
-        return str(json.loads((workdir / 'failure.json').read_text())['message'])
+        failure = json.loads((workdir / 'failure.json').read_text())
+        return str(failure['message']), int(failure['exit_code'])
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
-        return ''
-
-
-def has_diverged(workdir: Path) -> bool:
-    """Whether the failure was a loss that is not finite."""
-    try:
-        return json.loads((workdir / 'failure.json').read_text())['exit_code'] == DivergedError.exit_code
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):
-        return False
+        return '', 0
 
 
 @timed('logging')

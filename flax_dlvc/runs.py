@@ -18,7 +18,15 @@ from rich.text import Text
 from configs import default
 from flax_dlvc import results, rundir, tables
 from flax_dlvc.config import flatten
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, named_path, run_command
+from flax_dlvc.errors import (
+    ArgumentParser,
+    CommandError,
+    ConfigError,
+    DivergedError,
+    existing_directory,
+    named_path,
+    run_command,
+)
 
 # What is known of every run beside its config; accuracies are fractions.
 RESULTS = ('best_validation_accuracy', 'best_epoch', 'test_accuracy', 'seconds', 'state')
@@ -47,7 +55,8 @@ def describe(directory: Path, workdir: Path) -> dict[str, Any]:
     try:
         run = results.read_run(directory, workdir)
         best = results.best_record(run)
-        state = 'diverged' if rundir.has_diverged(workdir) else 'stopped'
+        _, exit_code = rundir.read_failure(workdir)
+        state = 'diverged' if exit_code == DivergedError.exit_code else 'stopped'
         return record | {
             'config': flatten(run.config),
             'epochs_run': len(run.history),

@@ -194,7 +194,7 @@ def _ended(planned: Planned, board: Board, failure: str, exit_code: int = 1) -> 
         planned.state = 'failed' if failure else 'finished'
         if failure:
             rundir.create(planned.directory, planned.config)
-        rundir.write_failure(planned.directory, ' '.join(failure.split()), exit_code)
+            rundir.write_failure(planned.directory, ' '.join(failure.split()), exit_code)
     board.end(planned, failure)
 
 

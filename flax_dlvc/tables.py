@@ -20,6 +20,7 @@ from flax_dlvc.results import (
     plain,
 )
 
+REPORTED = ('accuracy', 'cross_entropy')  # metrics that the report has
 Column = tuple[str, Callable[[Cell], str]]
 
 
@@ -49,9 +50,9 @@ def _nats(value: float) -> str:
     return f'{value:.3f}'
 
 
-def _to_report(cell: Cell, metric: str, place: int, scale: float) -> str:
+def _to_report(cell: Cell, metric: str, scale: float) -> str:
     values = cell.values(metric)
-    return signed(difference_to_constant(values, cell.report[place]), scale) if values and cell.report else '–'
+    return signed(difference_to_constant(values, cell.report[metric]), scale) if values and cell.report else '–'
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -59,11 +60,11 @@ COLUMNS: tuple[Column, ...] = (
     ('Regularisation', lambda cell: cell.variant),
     ('Seeds', lambda cell: str(len(cell.finished))),
     ('Accuracy (%)', lambda cell: mean_and_deviation(cell.values('accuracy'), percent)),
-    ('Report (%)', lambda cell: percent(cell.report[0]) if cell.report else '–'),
-    ('Difference [95 % CI]', lambda cell: _to_report(cell, 'accuracy', 0, 100)),
+    ('Report (%)', lambda cell: percent(cell.report.get('accuracy'))),
+    ('Difference [95 % CI]', lambda cell: _to_report(cell, 'accuracy', 100)),
     ('Cross-entropy (nats)', lambda cell: mean_and_deviation(cell.values('cross_entropy'), _nats)),
-    ('Report (nats)', lambda cell: f'{cell.report[1]:.2f}' if cell.report else '–'),
-    ('Difference [95 % CI] ', lambda cell: _to_report(cell, 'cross_entropy', 1, 1)),
+    ('Report (nats)', lambda cell: f'{cell.report["cross_entropy"]:.2f}' if cell.report else '–'),
+    ('Difference [95 % CI]', lambda cell: _to_report(cell, 'cross_entropy', 1)),
     ('Calibration error (%)', lambda cell: _calibration(cell)),
     ('Best epoch', lambda cell: best_epochs(cell)),
     ('Notes', lambda cell: cell.note),
@@ -79,7 +80,7 @@ def _calibration(cell: Cell) -> str:
 
 def best_epochs(cell: Cell) -> str:
     """Of each finished run."""
-    return ', '.join(str(run.result['best_epoch']) for run in cell.finished if run.result) or '–'
+    return ', '.join(str(run.result['best_epoch']) for run in cell.finished) or '–'
 
 
 def caption(cells: Sequence[Cell]) -> str:
@@ -108,7 +109,7 @@ def to_markdown(cells: Sequence[Cell]) -> str:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = [list(head), ['---'] * len(head), *rows]
-    escaped = ([cell if cell == '---' else escape_markdown(cell.strip()) for cell in line] for line in lines)
+    escaped = ([cell if cell == '---' else escape_markdown(cell) for cell in line] for line in lines)
     return ''.join(f'| {" | ".join(line)} |\n' for line in escaped)
 
 
@@ -134,7 +135,7 @@ _TEX = {character: f'\\{character}' for character in '&%$#_{}'} | {
 
 
 def _escape_tex(text: str) -> str:
-    return ''.join(_TEX.get(character, character) for character in text.strip())
+    return ''.join(_TEX.get(character, character) for character in text)
 
 
 def to_tex(cells: Sequence[Cell]) -> str:
@@ -172,20 +173,18 @@ def to_csv(cells: Sequence[Cell]) -> str:
             'settings': '; '.join(f'{field}={plain(ours)}' for field, (ours, _) in cell.settings.items()),
             'seeds': len(cell.finished),
         }
-        for place, metric in enumerate(
-            ('accuracy', 'cross_entropy', 'mean_class_accuracy', 'expected_calibration_error')
-        ):
+        for metric in ('accuracy', 'cross_entropy', 'mean_class_accuracy', 'expected_calibration_error'):
             values = cell.values(metric)
             row[f'{metric}_mean'] = statistics.fmean(values) if values else None
             row[f'{metric}_sd'] = deviation(values)
-            if place < 2:
-                report = cell.report[place] if cell.report else None
+            if metric in REPORTED:
+                report = cell.report.get(metric)
                 difference = difference_to_constant(values, report) if values and report is not None else None
                 low, high = (difference and difference.interval) or (None, None)
                 row[f'{metric}_report'] = report
                 row[f'{metric}_difference'] = difference and difference.value
                 row[f'{metric}_difference_low'], row[f'{metric}_difference_high'] = low, high
-        best = [run.result['best_epoch'] for run in cell.finished if run.result]
+        best = [run.result['best_epoch'] for run in cell.finished]
         row['best_epoch_mean'] = statistics.fmean(best) if best else None
         row['per_class_accuracy'] = ' '.join('' if a is None else f'{a:.6f}' for a in per_class(cell))
         row['notes'] = cell.note
@@ -197,8 +196,8 @@ def runs_to_csv(runs: Sequence[Run]) -> str:
     """runs.csv: a line per run, with its speed."""
     rows = []
     for run in runs:
-        result = run.result or {}
-        last = run.history[result['best_epoch'] - 1] if result else {}
+        result = run.result
+        best = run.history[result['best_epoch'] - 1] if result else {}
         rows.append(
             {
                 'run': run.name,
@@ -209,8 +208,8 @@ def runs_to_csv(runs: Sequence[Run]) -> str:
                 'epochs_run': result.get('epochs_run', len(run.history)),
                 'best_epoch': result.get('best_epoch'),
                 'stopped_early': result.get('stopped_early'),
-                'train_accuracy': last.get('train_accuracy'),
-                'validation_accuracy': last.get('validation_accuracy'),
+                'train_accuracy': best.get('train_accuracy'),
+                'validation_accuracy': best.get('validation_accuracy'),
                 'test_accuracy': run.test.get('accuracy'),
                 'test_mean_class_accuracy': run.test.get('mean_class_accuracy'),
                 'test_cross_entropy': run.test.get('cross_entropy'),

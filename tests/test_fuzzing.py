@@ -109,7 +109,7 @@ def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('run') / 'run'
     loop.run(small, workdir)
     evaluate_main(['', '--workdir', str(workdir)])
-    rundir.write_failure(workdir, 'it was too small')
+    rundir.write_failure(workdir, 'it was too small', 1)
     files = (each for each in workdir.iterdir() if each.suffix in ('.json', '.jsonl'))
     return {each.name: each.read_bytes() for each in files}, small
 
@@ -147,7 +147,7 @@ def test_text_files_of_a_run(folder, whole_run, data):
         (workdir / each).write_bytes(content if each == name else files[each])
     is_read_or_refused(rundir.read_dataset, workdir)
     is_read_or_refused(rundir.check, workdir, small)
-    assert (rundir.read_failure(workdir) == 'it was too small') or name == 'failure.json'
+    assert (rundir.read_failure(workdir) == ('it was too small', 1)) or name == 'failure.json'
     runs.describe(folder, workdir)
     is_read_or_refused(tabulate, folder)
     assert sorted(each.name for each in workdir.iterdir()) == sorted(files)

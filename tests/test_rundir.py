@@ -88,7 +88,7 @@ def test_a_dataset_with_other_labels_is_another_one(workdir, digits):
 
 def test_a_failure_that_cannot_be_removed_is_named(workdir):
     (workdir / 'failure.json').mkdir()
-    refused('cannot write .*failure.json', rundir.write_failure, workdir, '', error=StorageError)
+    refused('cannot write .*failure.json', rundir.remove_failure, workdir, error=StorageError)
 
 
 def test_create_makes_parents_and_keeps_the_config(tmp_path, config):

@@ -107,7 +107,7 @@ def test_a_run_whose_lock_is_held_is_running(folder):
 
 def test_a_diverged_run_that_is_begun_again_has_diverged_no_more(folder, tmp_path):
     workdir = shutil.copytree(folder / 'c', tmp_path / 'c')
-    rundir.write_failure(workdir, '')
+    rundir.remove_failure(workdir)
     assert runs.describe(tmp_path, workdir)['state'] == 'stopped'
 
 

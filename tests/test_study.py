@@ -207,7 +207,7 @@ def test_a_run_that_fails_in_a_process_of_its_own_says_why(tmp_path, monkeypatch
     monkeypatch.setattr(study.data, 'load', lambda _: None)
     study.carry_out(grid, 2)
     assert planned.state == 'failed'
-    assert re.search(reason, rundir.read_failure(planned.directory))
+    assert re.search(reason, rundir.read_failure(planned.directory)[0])
 
 
 def test_without_devices_it_ends_in_one_line(tmp_path, monkeypatch, command, small_run_flags):

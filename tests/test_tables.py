@@ -75,7 +75,7 @@ def finished_study(tmp_path_factory):
     write_run(directory / 'vit' / 'seed_0', 'vit', 0, 0.5, num_epochs=8)
     failed = results.base_config('vit_dropout')
     rundir.create(directory / 'vit_dropout' / 'seed_0', failed)
-    rundir.write_failure(directory / 'vit_dropout' / 'seed_0', HOSTILE)
+    rundir.write_failure(directory / 'vit_dropout' / 'seed_0', HOSTILE, 1)
     study.write(directory)
     return directory
 
@@ -131,7 +131,7 @@ def test_the_reports_figures_stand_beside_ours(finished_study):
 def test_other_data_is_not_compared_with_the_report(tmp_path):
     write_run(tmp_path / 'cnn' / 'seed_0', 'cnn', 0, 0.9, dataset='digits')
     (cell,) = results.group(results.read_runs(tmp_path))
-    assert cell.report is None and cell.note == 'one run'
+    assert cell.report == {} and cell.note == 'one run'
 
 
 def test_figures_of_folders_with_long_paths_have_names_of_their_own(tmp_path):
