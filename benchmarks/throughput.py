@@ -67,6 +67,7 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
     import jax.numpy as jnp
 
     from flax_dlvc import runtime
+    from flax_dlvc.interop import to_torch
 
     runtime.keep_compiled_programs(Path(cache))
     jax.config.update('jax_platforms', 'cpu')  # where PyTorch's are, whatever else the machine has
@@ -77,8 +78,7 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
     empty = setup.empty_totals(len(labels))
     indices = np.arange(case.batch_size, dtype=np.int32).reshape(1, 1, -1)
     holder = [setup.create_state()]
-    leaves = jax.tree_util.tree_leaves_with_path({'params': holder[0].params, 'batch_stats': holder[0].batch_stats})
-    weights = {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}
+    weights = to_torch(setup, holder[0].variables)
 
     def logits() -> np.ndarray:
         from flax_dlvc.steps import normalize
@@ -105,14 +105,15 @@ def peer(case: Case, variant: str, weights: dict[str, np.ndarray], cache: str, c
     import torch
     from torch.nn import functional
 
-    from benchmarks.torch_reference import MODELS, state_dict
+    from benchmarks.torch_reference import MODELS
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     from flax_dlvc.data import CIFAR10_MEAN, CIFAR10_STD
 
     config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
     model = MODELS[case.model](config.dropout_rate)
-    missing = model.load_state_dict(state_dict(weights), strict=False).missing_keys
+    state = {name: torch.from_numpy(value) for name, value in weights.items()}
+    missing = model.load_state_dict(state, strict=False).missing_keys
     assert all(name.endswith('num_batches_tracked') for name in missing), missing
     layout = torch.contiguous_format if variant == 'eager' else torch.channels_last
     model = model.to(memory_format=layout)

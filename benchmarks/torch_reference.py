@@ -1,13 +1,9 @@
 """The three models in PyTorch, written on their own as a course participant would: the peer in `throughput.py`.
 
-ResNet18 is torchvision's layer for layer and the ViT that of the UvA tutorial 15, with their names of parameters.
-Images are (B, C, H, W).
+ResNet18 is torchvision's layer for layer and the ViT that of the UvA tutorial 15; the names of parameters are those of
+`flax_dlvc.interop`. Images are (B, C, H, W).
 """
 
-import itertools
-import re
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,17 +14,18 @@ class CNN(nn.Module):
 
     def __init__(self, dropout_rate: float):
         super().__init__()
-        widths = (3, 32, 64, 128)
-        self.convolutions = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths))
-        self.hidden = nn.Linear(128 * 4 * 4, 256)
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3 = nn.Conv2d(64, 128, 3, padding=1)
+        self.fc1 = nn.Linear(128 * 4 * 4, 256)
         self.dropout = nn.Dropout(dropout_rate)
-        self.classifier = nn.Linear(256, 10)
+        self.fc2 = nn.Linear(256, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, 32, 32) to logits (B, 10)."""
-        for convolution in self.convolutions:
+        for convolution in (self.conv1, self.conv2, self.conv3):
             x = F.max_pool2d(F.relu(convolution(x)), 2)
-        return self.classifier(self.dropout(F.relu(self.hidden(x.flatten(1)))))
+        return self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
 
 
 class BasicBlock(nn.Module):
@@ -120,32 +117,3 @@ class ViT(nn.Module):
 
 
 MODELS = {'cnn': CNN, 'resnet18': ResNet18, 'vit': ViT}
-
-# Flax's names of submodules to PyTorch's.
-_NAMES = (
-    (r'layer(\d)_(\d)', r'layer\1.\2'),
-    (r'downsample_conv', 'downsample.0'),
-    (r'downsample_bn', 'downsample.1'),
-    (r'(transformer|linear|mlp_head)_(\d)', r'\1.\2'),
-    (r'Conv_(\d)', r'convolutions.\1'),
-    ('Dense_0', 'hidden'),
-    ('Dense_1', 'classifier'),
-    (r'in_proj\.(weight|bias)', r'in_proj_\1'),
-)
-_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
-
-
-def state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Our variables, as 'params/layer1_0/conv1/kernel' and so on, as the state of the model here."""
-    state = {}
-    for path, value in variables.items():
-        *modules, leaf = path.split('/')[1:]
-        if modules == ['Dense_0'] and leaf == 'kernel':  # reads a flattened map: (H, W, C) there, (C, H, W) here
-            value = value.reshape(4, 4, 128, -1).transpose(2, 0, 1, 3).reshape(value.shape)
-        if leaf == 'kernel':
-            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        name = '.'.join([*modules, _LEAVES.get(leaf, leaf)])
-        for pattern, replacement in _NAMES:
-            name = re.sub(rf'(?<![a-z]){pattern}', replacement, name)
-        state[name] = torch.from_numpy(np.array(value))
-    return state

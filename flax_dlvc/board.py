@@ -4,7 +4,7 @@ import collections
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -13,10 +13,9 @@ from rich.table import Table
 from flax_dlvc import results, rundir
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.grid import Planned
+from flax_dlvc.report import Display
+from flax_dlvc.stopping import Stopping
 from flax_dlvc.words import describe_time
-
-if TYPE_CHECKING:
-    from flax_dlvc.report import Display
 
 BY_IMPORTANCE = ('running', 'failed', 'elsewhere', 'finished', 'waiting')  # states, where not all runs can be shown
 WIDTH_BESIDE_CELL = 52  # characters of a line beside the row's name
@@ -63,33 +62,9 @@ class Board:
         """Prints a line."""
         self._console.print(text, markup=False)
 
-    def display(self, planned: Planned) -> 'Display':
+    def display(self, planned: Planned) -> Display:
         """What the loop reports a run's epochs to."""
-        from flax_dlvc.report import Display
-
-        board = self
-
-        class RowDisplay(Display):
-            """Puts epochs into the run's row; a run's own lines have no place on the board."""
-
-            def __enter__(self) -> Display:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                pass
-
-            def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
-                """The board shows epochs."""
-
-            def epoch(self, record: dict[str, Any], stopping: Any) -> None:
-                """Notes a finished epoch."""
-                del record, stopping
-                board.follow(planned)
-
-            def print(self, text: str) -> None:
-                """Not shown."""
-
-        return RowDisplay(num_epochs=planned.config.num_epochs, steps_per_epoch=1, metric='')
+        return _RowDisplay(self, planned)
 
     def follow(self, planned: Planned) -> None:
         """Reads how far a run is from its directory; what cannot be read the run itself mends or complains of."""
@@ -168,6 +143,30 @@ class Board:
         places = range(len(self._grid))
         room = len(places) if self._ended else max(1, self._console.height - LINES_AROUND_ROWS)
         return sorted(sorted(places, key=importance)[:room])
+
+
+class _RowDisplay(Display):
+    """Puts a run's epochs into its row of a board, where the run's own lines have no place."""
+
+    def __init__(self, board: Board, planned: Planned):
+        self._board, self._planned = board, planned
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, step: int, metrics: dict[str, Any], images_per_second: float) -> None:
+        """The board shows epochs."""
+
+    def epoch(self, record: dict[str, Any], stopping: Stopping) -> None:
+        """Notes a finished epoch."""
+        del record, stopping
+        self._board.follow(self._planned)
+
+    def print(self, text: str) -> None:
+        """Not shown."""
 
 
 def _fit(name: str, width: int) -> str:

@@ -38,13 +38,10 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
     """
     _, captured = model.apply(variables, images, train=False, mutable=['intermediates'])
     intermediates = captured.get('intermediates', {})
-    # ('transformer_0', 'attn', 'attention_weights', 0), in the order of the layers
-    weights = [
-        leaf
-        for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(intermediates), key=lambda item: _natural(item[0]))
-        if any(getattr(key, 'key', None) == 'attention_weights' for key in path)
-    ]
-    if weights:
+    num_layers = sum(name.startswith('transformer_') for name in intermediates)
+    if num_layers:
+        layers = [intermediates[f'transformer_{layer}'] for layer in range(num_layers)]
+        weights = [layer['attn']['attention_weights'][0] for layer in layers]
         rows = images.shape[1] // model.patch_size
         heat = attention_rollout(weights)[:, 0, 1:].reshape(len(images), rows, -1)
     else:
@@ -99,12 +96,6 @@ def grad_cam(
     gradient = jax.grad(logit)(jnp.zeros_like(maps[name]))
     weights = gradient.mean(axis=(1, 2), dtype=jnp.float32)
     return nn.relu(jnp.einsum('bhwc,bc->bhw', maps[name].astype(jnp.float32), weights))
-
-
-def _natural(path: Any) -> list[tuple[int, str]]:
-    """Sorts transformer_10 after transformer_9."""
-    keys = [str(getattr(key, 'key', getattr(key, 'idx', key))) for key in path]
-    return [(int(key.rpartition('_')[2]) if key.rpartition('_')[2].isdecimal() else -1, key) for key in keys]
 
 
 def draw(image: np.ndarray, heat: np.ndarray, title: str, path: Path) -> None:

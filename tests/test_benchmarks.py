@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import results, scaling, speedrun, throughput, traffic, utilization
 from benchmarks.throughput import Contender, ratios, synthetic_setup
+from flax_dlvc.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -323,20 +324,18 @@ def test_peer_script_finds_our_images_and_answers_its_own_seconds(tmp_path, digi
 @pytest.mark.parametrize('name', ['cnn', 'resnet18', 'vit'])
 def test_reference_computes_the_same_logits(name):
     torch = pytest.importorskip('torch', reason='PyTorch, the peer of the benchmarks, is not installed')
-    import jax
+    from benchmarks.torch_reference import MODELS
+    from flax_dlvc.interop import to_torch
 
-    from benchmarks.torch_reference import MODELS, state_dict
-    from flax_dlvc.models import create_model
-
-    model = create_model(name, num_classes=10, dropout_rate=0.5, dtype='float32')
+    config = importlib.import_module(f'configs.{name}_dropout').get_config()
+    config.dataset = 'digits'
+    setup = set_up(config)
+    variables = setup.create_state().variables
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
     reference = MODELS[name](0.5).eval()
-    reference.load_state_dict(
-        state_dict({jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}),
-        strict=False,
-    )
+    weights = {key: torch.from_numpy(value.copy()) for key, value in to_torch(setup, variables).items()}
+    reference.load_state_dict(weights, strict=False)
     with torch.inference_mode():
         theirs = reference(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
-    np.testing.assert_allclose(model.apply(variables, images, train=False), theirs, atol=1e-4)
+    ours = jax.jit(setup.model.apply, static_argnames='train')(variables, images, train=False)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -95,12 +95,8 @@ def test_pytorch_gives_these_logits(name, reference):
 
     _, weights, images = numbered_weights(name)
     model = getattr(torch_reference, reference)(0.0).eval()
-    renamed = {'fc1': 'hidden', 'fc2': 'classifier'} | {f'conv{i + 1}': f'convolutions.{i}' for i in range(3)}
-    state_dict = {}
-    for key, value in weights.items():
-        layer, _, rest = key.partition('.')
-        state_dict[f'{renamed.get(layer, layer)}.{rest}' if name == 'cnn' else key] = torch.from_numpy(value)
-    missing, surplus = model.load_state_dict(state_dict, strict=False)
+    state = {key: torch.from_numpy(value) for key, value in weights.items()}
+    missing, surplus = model.load_state_dict(state, strict=False)
     assert not surplus and all(key.endswith('num_batches_tracked') for key in missing)
     with torch.no_grad():
         (logits,) = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
