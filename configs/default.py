@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
     config.early_stopping.patience = 5  # epochs without improvement before the run stops; 0 never stops early
     config.early_stopping.min_delta = 0.0  # an improvement has to be larger than this
     config.keep_checkpoints = 2  # latest checkpoints kept, besides the best one
-    config.checkpoint_every_steps = 0  # besides every epoch; 0 is off
+    config.checkpoint_every_steps = 0  # besides every epoch, after a compiled call; 0 is off
     config.checkpoint_every_minutes = 0.0  # besides every epoch; 0 is off
     config.on_divergence = 'stop'  # or 'rewind': back to the best epoch so far, with half the learning rate
     config.max_rewinds = 3  # after which a diverging run stops all the same
