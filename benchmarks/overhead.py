@@ -51,9 +51,8 @@ _, config = parse_command_line(make_parser(), sys.argv)
 from flax_dlvc.setup import set_up
 setup = set_up(config)
 indices = np.zeros((1, 1, config.batch_size), np.int32)
-split = setup.place(setup.dataset.train)
 start = time.perf_counter()
-setup.train_step.func.lower(*setup.train_step.args, setup.abstract_state, *split, indices).compile()
+setup.lower_train_step(indices).compile()
 print(time.perf_counter() - start)
 """
 

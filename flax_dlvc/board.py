@@ -53,14 +53,11 @@ class Board:
         if not self._is_live:
             done = sum(other.state not in ('waiting', 'running') for other in self._grid)
             result = failure or f'test accuracy {self._accuracy(planned)}'
-            self.say(
+            self._console.print(
                 f'[{done}/{len(self._grid)}] {planned.cell} seed {planned.config.seed} {planned.state} after epoch '
-                f'{planned.epochs}: {result}; {self.time_left()}'
+                f'{planned.epochs}: {result}; {self.time_left()}',
+                markup=False,
             )
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self._console.print(text, markup=False)
 
     def display(self, planned: Planned) -> Display:
         """What the loop reports a run's epochs to."""

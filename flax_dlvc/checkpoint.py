@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_dlvc.distributed import barrier, is_main
-from flax_dlvc.errors import ConfigError, StorageError
+from flax_dlvc.errors import ConfigError, StorageError, first_line
 from flax_dlvc.profiling import timed
 from flax_dlvc.rundir import write_text
 from flax_dlvc.steps import TrainState
@@ -379,7 +379,7 @@ def _orbax_errors_as_damage() -> Iterator[None]:
         return
     except Exception as error:
         # After that phrase TensorStore refers to an object's name.
-        reason = (str(error).split('. See full')[0].splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error).split('. See full')[0][:160]
     # Reads that were under way are coroutines that nobody waits for; Python would complain of each when it drops it.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from flax_dlvc import decoded
 from flax_dlvc.decoded import Split
 from flax_dlvc.errors import ArgumentParser, ConfigError, named_path, run_command
-from flax_dlvc.folder import Folder
+from flax_dlvc.folder import SPLITS, Folder
 from flax_dlvc.profiling import timed
 from flax_dlvc.words import plural
 
@@ -34,7 +34,6 @@ from flax_dlvc.words import plural
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
-SPLITS = ('train', 'validation', 'test')
 SMALLEST_IMAGES = {'cnn': 8, 'airbench': 9}  # pixels: each halves an image three times, airbench one without its edge
 PREPARABLE = ('cifar10', 'cifar100')  # datasets that are prepared from their official archive, without TensorFlow
 

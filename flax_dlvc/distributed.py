@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flax_dlvc.errors import STOP_SIGNALS, ConfigError, PeerError, StoppedError, ending, is_out_of_memory
+from flax_dlvc.errors import STOP_SIGNALS, ConfigError, PeerError, StoppedError, ending, first_line, is_out_of_memory
 
 SIGN_OF_LIFE = 1.0  # seconds between a process's signs of life
 LOST_AFTER = 20.0  # seconds without one after which a process counts as gone
@@ -145,8 +145,7 @@ def _join() -> None:
             coordinator_bind_address=address if LOOPBACK.fullmatch(address) else None,  # else on all interfaces
         )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PeerError(f'cannot join the run at {address}: {reason}') from error
+        raise PeerError(f'cannot join the run at {address}: {first_line(error)}') from error
     finally:
         timer.cancel()
         for number, handler in handlers.items():

@@ -145,6 +145,11 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is XLA's (which is not imported here) of a device that has no more memory."""
     return isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)

@@ -8,6 +8,7 @@ Shapes: B batch, H height, W width, C channels, K classes.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, named_path, run_command, unwritable
 from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
-from flax_dlvc.steps import probabilities
 from flax_dlvc.transfer import load_trained
 
 PLATFORMS = ('cpu', 'cuda')
@@ -29,17 +29,14 @@ def inference_function(setup: Setup, variables: Any) -> jax.export.Exported:
 
     The layers take the faster route for each platform; the parameters are there once.
     """
-    mean, std, views = setup.dataset.mean, setup.dataset.std, setup.config.test_time_augmentation
 
-    def forward(platform: str) -> Any:
-        def forward(variables: Any, images: jax.Array) -> jax.Array:
-            with traced_for(platform):
-                return probabilities(setup.model, variables, images, mean=mean, std=std, views=views)
-
-        return forward
+    def infer_on(platform: str, variables: Any, images: jax.Array) -> jax.Array:
+        with traced_for(platform):
+            return setup.probabilities(variables, images)
 
     def infer(images: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(variables, images, **{platform: forward(platform) for platform in PLATFORMS})
+        by_platform = {platform: partial(infer_on, platform) for platform in PLATFORMS}
+        return jax.lax.platform_dependent(variables, images, **by_platform)
 
     (batch,) = jax.export.symbolic_shape('batch')
     images = jax.ShapeDtypeStruct((batch, *setup.dataset.image_shape), jnp.uint8)

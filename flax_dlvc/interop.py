@@ -9,11 +9,12 @@ The names are torchvision's for ResNet18 (`layer1.0.bn1.running_var`), the UvA d
 Shapes: KH KW kernel height and width, I inputs, O outputs, H W C the map that the CNN flattens.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,13 +44,14 @@ _RENAMINGS: dict[str, tuple[tuple[str, Any], ...]] = {
         (r'in_proj/bias', 'in_proj_bias'),
     ),
 }
-_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+_PARAMETERS = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 
 # What PyTorch keeps besides: counts of the batches that batch normalisation has seen, which nothing is computed from.
 _IGNORED = '.num_batches_tracked'
 
 
-class Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tensor:
     """A variable's place in PyTorch: its name, its shape there, and the ways there and back."""
 
     name: str
@@ -77,7 +79,7 @@ def torch_tensors(setup: Setup) -> Any:
         name = '/'.join(keys)
         for pattern, replacement in _RENAMINGS[setup.config.model.name]:
             name = re.sub(pattern, replacement, name)
-        name = '.'.join(_LEAVES.get(part, part) for part in name.split('/'))
+        name = '.'.join(_PARAMETERS.get(part, part) for part in name.split('/'))
         map_shape = (*flattened, leaf.shape[0] // math.prod(flattened)) if keys == ['Dense_0', 'kernel'] else None
         return _tensor(name, leaf.shape, keys[-1], map_shape)
 
@@ -106,8 +108,7 @@ def to_torch(setup: Setup, variables: Any) -> dict[str, np.ndarray]:
     Raises:
         ConfigError: there are no names for the model.
     """
-    tensors = torch_tensors(setup)
-    pairs = zip(_leaves(tensors), jax.tree.leaves(variables), strict=True)
+    pairs = zip(jax.tree.leaves(torch_tensors(setup)), jax.tree.leaves(variables), strict=True)
     return {tensor.name: np.ascontiguousarray(tensor.to_torch(np.asarray(value))) for tensor, value in pairs}
 
 
@@ -119,7 +120,7 @@ def from_torch(setup: Setup, weights: dict[str, np.ndarray]) -> dict[str, Any]:
             point or not finite.
     """
     tensors = torch_tensors(setup)
-    expected = {tensor.name: tensor for tensor in _leaves(tensors)}
+    expected = {tensor.name: tensor for tensor in jax.tree.leaves(tensors)}
     given = {name: value for name, value in weights.items() if not name.endswith(_IGNORED)}
     wrong = [
         ('missing', expected.keys() - given.keys()),
@@ -138,14 +139,8 @@ def from_torch(setup: Setup, weights: dict[str, np.ndarray]) -> dict[str, Any]:
     if problems:
         raise ConfigError(f'the weights are not those of {setup.config.model.name}: {problems}')
     return jax.tree.map(
-        lambda tensor: np.ascontiguousarray(tensor.from_torch(given[tensor.name].astype(np.float32))),
-        tensors,
-        is_leaf=lambda node: isinstance(node, Tensor),
+        lambda tensor: np.ascontiguousarray(tensor.from_torch(given[tensor.name].astype(np.float32))), tensors
     )
-
-
-def _leaves(tensors: Any) -> list[Tensor]:
-    return jax.tree.leaves(tensors, is_leaf=lambda node: isinstance(node, Tensor))
 
 
 def _is_finite(value: np.ndarray) -> bool:

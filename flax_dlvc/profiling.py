@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_dlvc.distributed import is_main
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ConfigError, first_line
 
 PHASES = {
     'start': 'imports, devices, initial state',
@@ -179,7 +179,7 @@ class Profile:
         try:
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
         except Exception as error:  # whatever a profiler that is busy or not there raises
-            raise ConfigError(f'cannot trace: {_first_line(error)}; {WITHOUT}') from error
+            raise ConfigError(f'cannot trace: {first_line(error)}; {WITHOUT}') from error
         self._is_tracing = True
 
     @timed('profiling')
@@ -197,7 +197,7 @@ class Profile:
         try:
             jax.profiler.stop_trace()
         except Exception as error:  # of the profiler, or of a disk
-            raise ConfigError(f'cannot write a trace to {self._directory}: {_first_line(error)}; {WITHOUT}') from error
+            raise ConfigError(f'cannot write a trace to {self._directory}: {first_line(error)}; {WITHOUT}') from error
 
     def summary(self) -> str:
         """Seconds and share of the wall time by phase, and where the trace is."""
@@ -219,10 +219,6 @@ class Profile:
                 f'no trace: only {self._num_calls} calls of the training step, and the third is the first one traced'
             )
         return '\n'.join(lines)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _active: ContextVar[Profile | None] = ContextVar('profile', default=None)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
 from flax_dlvc.augment import make_batch_augmentation
-from flax_dlvc.errors import ConfigError
+from flax_dlvc.errors import ConfigError, first_line
 from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
 from flax_dlvc.profiling import timed
@@ -53,9 +54,12 @@ class Setup:
 
     def training_calls(self, epoch: int, first_step: int = 0) -> list[np.ndarray]:
         """The indices (D, S, B) that the calls of the training step take in an epoch, from its step `first_step` on."""
+        return steps.calls(self.training_batches(epoch), first_step, self.steps_per_call)
+
+    def training_batches(self, epoch: int) -> np.ndarray:
+        """The indices (steps, D, B) of an epoch's batches, in its order."""
         order = data.epoch_order(len(self.dataset.train), self.config.seed, epoch)
-        batches = data.training_batches(order, self.config.batch_size, len(self.devices))
-        return steps.calls(batches, first_step, self.steps_per_call)
+        return data.training_batches(order, self.config.batch_size, len(self.devices))
 
     @property
     def replicated(self) -> jax.sharding.Sharding:
@@ -113,12 +117,15 @@ class Setup:
             views=self.config.test_time_augmentation,
         )
 
+    def probabilities(self, variables: Any, images: jax.Array) -> jax.Array:
+        """Probabilities (B, K) of the classes of images (B, H, W, C) uint8; see `steps.probabilities`."""
+        mean, std, views = self.dataset.mean, self.dataset.std, self.config.test_time_augmentation
+        return steps.probabilities(self.model, variables, images, mean=mean, std=std, views=views)
+
     @cached_property
-    def prediction_step(self) -> steps.PredictionStep:
-        """The prediction step of `steps.make_prediction_step`."""
-        return steps.make_prediction_step(
-            model=self.model, mean=self.dataset.mean, std=self.dataset.std, views=self.config.test_time_augmentation
-        )
+    def prediction_step(self) -> jax.stages.Wrapped:
+        """`probabilities`, compiled, on one device."""
+        return jax.jit(self.probabilities)
 
     def create_state(self) -> steps.TrainState:
         """The initial training state, on every device."""
@@ -231,7 +238,7 @@ def prepare_backend(num_devices: int) -> None:
         runtime.keep_freed_memory(num_devices)
         jax.default_backend()
     except RuntimeError as error:
-        raise ConfigError(f'JAX finds no devices: {str(error).splitlines()[0]}') from error
+        raise ConfigError(f'JAX finds no devices: {first_line(error)}') from error
 
 
 @timed('start')

@@ -25,8 +25,6 @@ AXIS = 'devices'
 
 # (variables, totals, images (N, H, W, C), labels (N,), indices (D, S, B)) -> totals
 EvaluationStep = Callable[..., tuple[Sums, Predictions]]
-# (variables, images (B, H, W, C) uint8) -> probabilities (B, K)
-PredictionStep = Callable[[Any, np.ndarray], jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -279,17 +277,6 @@ def make_evaluation_step(
 
     by_device = jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices)
     return _OnDevices(by_device, devices)
-
-
-def make_prediction_step(
-    *, model: nn.Module, mean: Sequence[float], std: Sequence[float], views: str = 'none'
-) -> PredictionStep:
-    """Builds the prediction step: `probabilities`, on one device."""
-
-    def prediction_step(variables: Any, images: jax.Array) -> jax.Array:
-        return probabilities(model, variables, images, mean=mean, std=std, views=views)
-
-    return jax.jit(prediction_step)
 
 
 def probabilities(

@@ -1,6 +1,7 @@
 """Early stopping as a pure function of its state and the new value."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ def update(state: Stopping, value: float, epoch: int, *, minimize: bool, min_del
         min_delta: the improvement has to be larger than this.
     """
     if state.best_value is None:
-        improved = value == value  # not NaN
+        improved = not math.isnan(value)
     else:
         improvement = state.best_value - value if minimize else value - state.best_value
         improved = improvement > min_delta

@@ -198,16 +198,8 @@ def _ended(planned: Planned, board: Board, failure: str, exit_code: int = 1) -> 
     board.end(planned, failure)
 
 
-def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
-    """Prints the grid, and the time that it takes, from the beginning and a few timed steps of each cell.
-
-    An epoch ends with a forward pass over the validation split, a run with one over the test split; three forward
-    passes are taken for a training step. What logging and saving take is left out.
-    """
-    import jax
-
-    from flax_dlvc import steps
-
+def dry_run(grid: Sequence[Planned]) -> None:
+    """Prints the grid, and the time that it takes, from the beginning and a few timed steps of each cell."""
     setup: Setup | None = None
     total = 0.0
     for cell, members in itertools.groupby(grid, lambda planned: planned.cell):
@@ -217,30 +209,42 @@ def dry_run(grid: Sequence[Planned], num_steps: int = 3) -> None:
         if left:
             start = time.perf_counter()
             setup = share(setup, left[0].config)
-            config, split = setup.config, setup.place(setup.dataset.train)
-            state = setup.create_state()
-            order = data.epoch_order(len(setup.dataset.train), config.seed, 1)
-            batches = data.training_batches(order, config.batch_size, len(setup.devices))
-            calls = steps.calls(batches, 0, 1)[: num_steps + 1]
-            state, _ = setup.train_step(state, *split, calls[0])
-            jax.block_until_ready(state)
-            begin = time.perf_counter() - start  # compiling, which the runs of a cell share
-            start = time.perf_counter()
-            compiled = calls[1:] or calls
-            for call in compiled:
-                state, _ = setup.train_step(state, *split, call)
-            jax.block_until_ready(state)
-            per_step = (time.perf_counter() - start) / len(compiled)
-            validation, test = (
-                len(part) / config.batch_size / 3 for part in (setup.dataset.validation, setup.dataset.test)
-            )
-            per_run = per_step * (config.num_epochs * (setup.steps_per_epoch + validation) + test)
-            seconds = begin + per_run * len(left)
+            ready, per_step = _time_steps(setup)
+            begin = ready - start  # compiling, which the runs of a cell share
+            seconds = begin + per_step * _steps_of_a_run(setup) * len(left)
             total += seconds
             note = f', {begin:.1f} s to begin, {1000 * per_step:.0f} ms a step, about {describe_time(seconds)}'
         print(f'{cell}: {plural(len(runs), "seed")}, {len(runs) - len(left)} finished{note}', flush=True)
         print(f'  python {shlex.join(runs[0].command)}')
     print(f'{plural(len(grid), "run")}; about {describe_time(total)} one after the other, less where they stop early')
+
+
+def _time_steps(setup: 'Setup', num_steps: int = 3) -> tuple[float, float]:
+    """When the first training step, which compiles, was complete, by time.perf_counter; and seconds of a later one."""
+    import jax
+
+    from flax_dlvc import steps
+
+    split, state = setup.place(setup.dataset.train), setup.create_state()
+    first, *others = steps.calls(setup.training_batches(1), 0, 1)[: num_steps + 1]
+    state, _ = jax.block_until_ready(setup.train_step(state, *split, first))
+    ready = time.perf_counter()
+    others = others or [first]
+    for indices in others:
+        state, _ = setup.train_step(state, *split, indices)
+    jax.block_until_ready(state)
+    return ready, (time.perf_counter() - ready) / len(others)
+
+
+def _steps_of_a_run(setup: 'Setup') -> float:
+    """Training steps that take as long as a run, with validation and test but without logging and saving.
+
+    Three forward passes are taken for a training step.
+    """
+    validation, test = (
+        len(split) / setup.config.batch_size / 3 for split in (setup.dataset.validation, setup.dataset.test)
+    )
+    return setup.config.num_epochs * (setup.steps_per_epoch + validation) + test
 
 
 # The command

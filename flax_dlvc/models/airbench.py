@@ -21,6 +21,15 @@ from flax_dlvc.models.layers import BatchNorm, Dropout, expose, gelu, max_pool
 torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
+def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default of a convolution's bias."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
 def dirac_init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """A kernel (KH, KW, C, O) whose first C outputs copy the input (`torch.nn.init.dirac_`), the others random."""
     height, width, inputs, outputs = shape
@@ -71,18 +80,9 @@ class Whitening(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images (B, H, W, C) to (B, H - P + 1, W - P + 1, 2 E)."""
         kernel = self.variable('batch_stats', 'kernel', whitening_kernel, x, self.patch_size).value
-        bias = self.param('bias', torch_init_bias(x.shape[-1] * self.patch_size**2), (kernel.shape[-1],))
+        bias = self.param('bias', torch_bias_init(x.shape[-1] * self.patch_size**2), (kernel.shape[-1],))
         y = lax.conv_general_dilated(x.astype(jnp.float32), kernel, (1, 1), 'VALID', dimension_numbers=LAYOUT)
         return (y + bias).astype(self.dtype)
-
-
-def torch_init_bias(fan_in: int) -> nn.initializers.Initializer:
-    """PyTorch's default of a convolution's bias."""
-
-    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-    return init
 
 
 class Block(nn.Module):
