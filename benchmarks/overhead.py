@@ -4,7 +4,6 @@ The loop is a whole process, `python -m flax_dlvc.main`, watched from outside: i
 saving, logging and validation count. The bare step is the same compiled step, fed the same batches, without a loop.
 """
 
-import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.throughput import Contender, serve
+from flax_dlvc.results import base_config
 
 # Prints when all is imported, when the first training step begins and when it is complete, and leaves; begins as the
 # command does.
@@ -118,7 +118,7 @@ def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     from flax_dlvc import evaluate, steps
     from flax_dlvc.setup import set_up
 
-    config = importlib.import_module(f'configs.{model}_dropout').get_config()
+    config = base_config(f'{model}_dropout')
     config.update_from_flattened_dict({'num_devices': 1} | changes)
     setup = set_up(config)
     train_split, validation_split = setup.place(setup.dataset.train), setup.place(setup.dataset.validation)

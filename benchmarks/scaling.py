@@ -8,7 +8,6 @@ FLOPs and bytes and a cluster's stated speeds.
 
 import argparse
 import dataclasses
-import importlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from benchmarks.throughput import Contender, serve, synthetic_setup
 from benchmarks.utilization import count_flops
+from flax_dlvc.results import base_config
 
 MODELS = ('cnn', 'resnet18', 'vit')
 GENERATED = '<!-- from here on printed by python -m benchmarks.scaling -->\n'
@@ -38,7 +38,7 @@ def worker(model: str, num_devices: int, connection: Connection) -> None:
     from flax_dlvc import decoded, runtime, steps
 
     runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
-    setup = synthetic_setup(importlib.import_module(f'configs.{model}_dropout').get_config(), num_devices)
+    setup = synthetic_setup(base_config(f'{model}_dropout'), num_devices)
     split = setup.place(setup.dataset.train)
     holder = [setup.create_state()]
     averaged = setup.abstract_state.params, setup.abstract_state.batch_stats
@@ -198,7 +198,7 @@ class Cluster:
 
 def program(model: str) -> Program:
     """FLOPs of a config's training step on a GPU, as XLA counts them, and what it averages."""
-    setup = synthetic_setup(importlib.import_module(f'configs.{model}_dropout').get_config())
+    setup = synthetic_setup(base_config(f'{model}_dropout'))
     flops, _ = count_flops(setup)
     parameters = num_bytes(setup.abstract_state.params)
     reduced = parameters + num_bytes(setup.abstract_state.batch_stats)

@@ -105,7 +105,7 @@ def compare(setup: Setup, num_runs: int, script: Path | None) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Parses the command line, runs, prints."""
-    parser = ArgumentParser('python -m benchmarks.speedrun', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser('python -m benchmarks.speedrun', description=__doc__.splitlines()[0])
     parser.add_argument('--runs', type=int, default=50, help='of seeds 0, 1, …; 50 by default')
     parser.add_argument('--peer', type=named_path, help='airbench94_muon.py, to run in turn')
     parser.add_argument('--output', type=named_path, help='directory of benchmarks.json and .md')

@@ -7,7 +7,6 @@ processes: one of PyTorch's may give memory back to the kernel in every step of 
 """
 
 import dataclasses
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from flax_dlvc.results import base_config
 
 IMAGES = 1024  # of the synthetic split that batches are taken from
 PEERS = ('eager', 'channels_last', 'compile')
@@ -71,7 +72,7 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
 
     runtime.keep_compiled_programs(Path(cache))
     jax.config.update('jax_platforms', 'cpu')  # where PyTorch's are, whatever else the machine has
-    config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
+    config = base_config(f'{case.model}_dropout')
     config.batch_size, config.compute_dtype = case.batch_size, case.dtype
     setup = synthetic_setup(config)
     images, labels = setup.place(setup.dataset.train)
@@ -110,7 +111,7 @@ def peer(case: Case, variant: str, weights: dict[str, np.ndarray], cache: str, c
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     from flax_dlvc.data import CIFAR10_MEAN, CIFAR10_STD
 
-    config = importlib.import_module(f'configs.{case.model}_dropout').get_config()
+    config = base_config(f'{case.model}_dropout')
     model = MODELS[case.model](config.dropout_rate)
     state = {name: torch.from_numpy(value) for name, value in weights.items()}
     missing = model.load_state_dict(state, strict=False).missing_keys

@@ -106,7 +106,7 @@ def size_of(shapes: str) -> int:
 
 def main(argv: list[str]) -> None:
     """Parses the command line, compiles, prints."""
-    parser = ArgumentParser('python -m benchmarks.traffic', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser('python -m benchmarks.traffic', description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=named_path, help='directory of benchmarks.json and .md')
     arguments, config = parse_command_line(parser, argv)
     step = compile_step(config)

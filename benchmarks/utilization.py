@@ -5,13 +5,13 @@ steps. FLOPs are those of `count_flops`, which leaves out what convolutions mult
 """
 
 import dataclasses
-import importlib
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from benchmarks.throughput import IMAGES, Case, Contender, serve, synthetic_setup
+from flax_dlvc.results import base_config
 
 
 def count_flops(setup: Any) -> tuple[float, float]:
@@ -42,7 +42,7 @@ def worker(case: Case, stem: str, connection: Connection) -> None:
 
     from flax_dlvc.steps import default_steps_per_call
 
-    config = importlib.import_module(f'configs.{case.model}').get_config()
+    config = base_config(case.model)
     config.batch_size, config.compute_dtype, config.model.stem = case.batch_size, case.dtype, stem
     setup = synthetic_setup(config)
     split = setup.place(setup.dataset.train)

@@ -242,7 +242,7 @@ class Checkpoints:
         return None
 
     def _check_best(self, best: int | None, newest: int, like: TrainState) -> None:
-        """Else a run would train to its end, and only then miss what it is to test."""
+        """Checks that the best one is whole: else a run would train to its end, and only then find nothing to test."""
         if best in (None, newest):
             return
         try:
@@ -424,7 +424,7 @@ def versions() -> dict[str, str]:
 
 
 def _tell_versions(step: int, saved_by: dict[str, str]) -> None:
-    """Says where other versions go on than have saved a step: they may round in another way."""
+    """Warns where versions are not those that saved a step: they may round differently."""
     changed = [
         f'{name} {saved_by.get(name)} is now {version}'
         for name, version in versions().items()

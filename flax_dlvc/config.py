@@ -66,6 +66,8 @@ def load_config(file: str | Path | None, overrides: Sequence[str], *, check: boo
         surplus = flag_values(argv)[1:]
         config: ConfigDict = flag_values.config
         is_config = hasattr(config, 'to_dict')  # raises what kept the file from being read
+    except flags.IllegalFlagValueError as error:
+        raise ConfigError(_wrong_type(error)) from error
     except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
     except (Exception, SystemExit) as error:  # the config file is the user's code and may raise anything
@@ -84,12 +86,24 @@ def load_config(file: str | Path | None, overrides: Sequence[str], *, check: boo
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
-    """Names the field that there is not; the flags' own message leaves its group out."""
+    """Names what is unknown: absl has flags of its own, such as --flagfile, and leaves a field's group out."""
     fields = flatten(default.get_config())
     for argument in overrides:
         override = re.match(r'--?(?:no)?config\.([^=\[]+)', argument)
         if override and not any(f'{field}.'.startswith(f'{override[1]}.') for field in fields):
             raise ConfigError(f'unknown field {override[1]!r}; configs/default.py lists the fields')
+        if not override and re.match('--?[a-zA-Z]', argument):
+            raise ConfigError(f'unknown flag {argument!r}; see --help')
+
+
+def _wrong_type(error: flags.IllegalFlagValueError) -> str:
+    """Which value of which field has another type, by a message that begins with 'flag --config.FIELD=VALUE:'."""
+    message = _one_line(error)
+    override = re.match(r'flag --config\.([^=]+)=(.*?): ', message)
+    usual = flatten(default.get_config())
+    if override is None or override[1] not in usual:
+        return message
+    return f'{override[1]} must be of type {type(usual[override[1]]).__name__}, not {override[2]!r}'
 
 
 def _one_line(error: BaseException) -> str:
@@ -321,13 +335,14 @@ OPEN_ENDED_SCHEDULES = ('constant', 'exponential')
 
 
 def without_effect(config: ConfigDict) -> set[str]:
-    """Fields that change nothing in a run: of other models, optimizers and schedules, and of what is off."""
-    taken = {
-        'model': MODEL_FIELDS[config.model.name],
-        'optimizer': OPTIMIZER_FIELDS[config.optimizer.name],
-        'schedule': SCHEDULE_FIELDS[config.schedule.name],
-    }
-    fields = {f'{group}.{field}' for group in taken for field in set(config[group]) - {'name', *taken[group]}}
+    """Fields that change nothing in a run: of other models, optimizers and schedules, and of what is off.
+
+    Of a name that is not valid no field is without effect.
+    """
+    fields = set()
+    for group, by_name in (('model', MODEL_FIELDS), ('optimizer', OPTIMIZER_FIELDS), ('schedule', SCHEDULE_FIELDS)):
+        taken = by_name.get(config[group].name, tuple(config[group]))
+        fields |= {f'{group}.{field}' for field in set(config[group]) - {'name', *taken}}
     if config.model.name != 'airbench':
         fields.add('optimizer.whitening_bias_epochs')
     if config.model.name not in BATCH_NORM_MODELS:

@@ -393,7 +393,7 @@ def show(argv: list[str]) -> None:
     from flax_dlvc import pictures
     from flax_dlvc.config import parse_command_line
 
-    parser = ArgumentParser('python -m flax_dlvc.data', description=show.__doc__, allow_abbrev=False)
+    parser = ArgumentParser('python -m flax_dlvc.data', description=show.__doc__)
     parser.add_argument('--show', type=named_path, metavar='FILE.png', help='the picture to draw')
     arguments, config = parse_command_line(parser, argv)
     if not arguments.show:

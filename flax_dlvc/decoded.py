@@ -144,7 +144,7 @@ def _map_arrays(directory: Path, fingerprint: str) -> Split | None:
 
 
 def _manifest(fingerprint: str, directory: Path) -> dict[str, Any]:
-    """What a directory of decoded arrays has to be: of this source, and the bytes of its files, headers included."""
+    """The source's fingerprint, and checksums of the arrays' files, headers included."""
     files = (np.memmap(directory / name, mode='r') for name in _ARRAYS)
     return {'source': fingerprint, 'crc32': [zlib.crc32(file.data) for file in files]}
 

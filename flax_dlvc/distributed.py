@@ -84,7 +84,7 @@ def joined() -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here; each name serves once."""
+    """Returns when all processes have come here; they come to each name equally often."""
     if num_processes() > 1:
         _client().wait_at_barrier(name, 24 * 3600 * 1000)  # the watch ends the process when one does not come
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
@@ -58,7 +58,10 @@ class StoppedError(CommandError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but its complaints are a `ConfigError` of one line."""
+    """argparse's, but flags are not abbreviated, and its complaints are a `ConfigError` of one line."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **(options | {'allow_abbrev': False}))
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage as well."""
@@ -145,6 +148,11 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
+def add_step_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--step`, which names one of a run's checkpoints."""
+    parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -162,7 +170,7 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _make_output_take_everything() -> None:
-    """A name that is no text, or none in the terminal's encoding, is escaped; what is closed is written nowhere."""
+    """Escapes what the terminal's encoding cannot show; sends what goes to a closed stream nowhere."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is None:  # as with `>&-`

@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_dlvc import data, rundir, steps
 from flax_dlvc.checkpoint import Checkpoints
-from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, run_command
+from flax_dlvc.errors import ArgumentParser, ConfigError, add_step_argument, existing_directory, run_command
 from flax_dlvc.metrics import Predictions, expected_calibration_error, summarize
 from flax_dlvc.profiling import timed
 from flax_dlvc.setup import Setup, set_up
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser('python -m flax_dlvc.evaluate', description='Evaluates a checkpoint of a run directory.')
     parser.add_argument('--workdir', type=existing_directory, required=True, help='the run directory')
     parser.add_argument('--split', choices=('test', 'validation', 'train'), default='test')
-    parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+    add_step_argument(parser)
     arguments = parser.parse_args(argv[1:])
     metrics = evaluate_checkpoint(arguments.workdir, arguments.split, arguments.step)
     print(f'{metrics["config_name"]} on {metrics["dataset"]} {arguments.split}, step {metrics["step"]}:')

@@ -15,7 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, named_path, run_command, unwritable
+from flax_dlvc.errors import (
+    ArgumentParser,
+    ConfigError,
+    add_step_argument,
+    existing_directory,
+    named_path,
+    run_command,
+    unwritable,
+)
 from flax_dlvc.models.layers import traced_for
 from flax_dlvc.setup import Setup
 from flax_dlvc.transfer import load_trained
@@ -97,7 +105,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser('python -m flax_dlvc.export', description='A trained model as a file that JAX alone runs.')
     parser.add_argument('--workdir', type=existing_directory, required=True, help='the run directory')
     parser.add_argument('--out', type=named_path, required=True, metavar='DIR', help='a new directory')
-    parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+    add_step_argument(parser)
     arguments = parser.parse_args(argv[1:])
     export(arguments.workdir, arguments.step, arguments.out)
     size = (arguments.out / 'model.jax').stat().st_size

@@ -1,7 +1,6 @@
 """A study's pictures, as PNG and SVG: curves, confusion matrices, accuracy by crop scale, augmented images.
 
-The same runs give the same bytes. Colours are those of Okabe and Ito's palette, which the colour-blind can tell apart;
-line styles and markers tell them apart in print.
+The same runs give the same bytes.
 """
 
 import statistics
@@ -15,11 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_dlvc import answers, pictures, results
+from flax_dlvc.pictures import BLUE, GREEN, ORANGE, PURPLE
 from flax_dlvc.results import Cell
 from flax_dlvc.rundir import storage_error, whole
 from flax_dlvc.words import plural
 
-ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 STYLE: Any = {
     'font.size': 9,
     'axes.spines.top': False,
@@ -127,21 +126,13 @@ def _short_title(cell: Cell, seeds: int) -> str:
 
 def compare(runs: Sequence[results.Run]) -> Any:
     """Loss and accuracy by epoch, a colour per run; train dashed, validation solid."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    for axes, quantity, label in zip(
-        figure.subplots(1, 2), ('loss', 'accuracy'), ('cross-entropy (nats)', 'accuracy'), strict=True
-    ):
+    figure, panels = pictures.loss_and_accuracy()
+    for quantity, axes in panels.items():
         for run, colour in zip(runs, (ORANGE, BLUE, GREEN, PURPLE), strict=False):
             for split, style in (('train', '--'), ('validation', '-')):
                 key = f'{split}_{quantity}'
                 _curve(axes, [run], key, colour, style, f'{split}, {run.name}')  # no legend shows a name like _x
-        axes.set_xlabel('epoch')
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.25)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for text in axes.legend(frameon=False).get_texts():
+    for text in panels['accuracy'].legend(frameon=False).get_texts():
         text.set_parse_math(False)
     return figure
 

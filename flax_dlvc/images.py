@@ -88,7 +88,7 @@ def is_greyscale(path: Path) -> bool:
 
 
 def without_warnings() -> contextlib.AbstractContextManager[Any]:
-    """Within, Pillow does not warn of files that it reads all the same; for the main thread, around all others."""
+    """Within, Pillow does not warn of files that it reads all the same; to be entered before other threads start."""
     return warnings.catch_warnings(action='ignore')
 
 

@@ -20,7 +20,15 @@ import jax
 import numpy as np
 
 from flax_dlvc.config import add_config_argument, load_config
-from flax_dlvc.errors import ArgumentParser, ConfigError, existing_directory, named_path, run_command, unwritable
+from flax_dlvc.errors import (
+    ArgumentParser,
+    ConfigError,
+    add_step_argument,
+    existing_directory,
+    named_path,
+    run_command,
+    unwritable,
+)
 from flax_dlvc.rundir import whole
 from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import load_trained, save_as_run
@@ -193,10 +201,10 @@ def main(argv: list[str]) -> None:
     """Parses the command line, imports or exports."""
     parser = ArgumentParser('python -m flax_dlvc.interop', description="PyTorch's weights in and out, as safetensors.")
     commands = parser.add_subparsers(dest='command', required=True)
-    importing = commands.add_parser('import', help='make a run directory', allow_abbrev=False)
+    importing = commands.add_parser('import', help='make a run directory')
     add_config_argument(importing)
     exporting = commands.add_parser('export', help='write the weights of a run directory')
-    exporting.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+    add_step_argument(exporting)
     for command, directory in ((importing, named_path), (exporting, existing_directory)):
         command.add_argument('--weights', type=named_path, required=True, metavar='FILE.safetensors')
         command.add_argument('--workdir', type=directory, required=True, help='the run directory')

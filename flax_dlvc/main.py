@@ -18,7 +18,6 @@ def make_parser() -> ArgumentParser:
         description='Trains one model, and tests its best checkpoint.',
         epilog=f'Fields and their defaults; configs/default.py says what each is:\n\n{fields}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         '--workdir', type=named_path, help="the run directory; runs/ and the config file's stem by default"

@@ -144,7 +144,7 @@ def stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def renormalize() -> optax.GradientTransformation:
-    """Adds to each update what brings the kernel (KH, KW, C, O), before the update, to a norm of root O."""
+    """Rescales each kernel (KH, KW, C, O) to a norm of root O before its update, by adding the difference to that."""
 
     def add(update: jax.Array, param: jax.Array) -> jax.Array:
         return update + (param.shape[-1] ** 0.5 / jnp.linalg.norm(param) - 1) * param

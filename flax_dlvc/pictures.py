@@ -20,6 +20,8 @@ from flax_dlvc.rundir import storage_error, whole
 if TYPE_CHECKING:
     from flax_dlvc.metrics import Predictions  # JAX, for which pictures and tables need not wait
 
+# Of Okabe and Ito's palette, whose colours the colour-blind can tell apart; line styles tell them apart in print.
+ORANGE, BLUE, GREEN, PURPLE = '#E69F00', '#0072B2', '#009E73', '#CC79A7'
 NUM_SHOWN = 64  # training images in a picture
 NUM_MISTAKES = 32
 METADATA: Any = {
@@ -151,6 +153,19 @@ def draw_confusion(axes: Any, counts: np.ndarray, class_names: Sequence[str]) ->
     axes.tick_params(length=0)
     axes.set_xlabel('predicted')
     axes.set_ylabel('true')
+
+
+def loss_and_accuracy() -> tuple[Any, dict[str, Any]]:
+    """A figure, and its axes for what is drawn over epochs: of 'loss' and of 'accuracy'."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    panels = dict(zip(('loss', 'accuracy'), figure.subplots(1, 2), strict=True))
+    for axes, label in zip(panels.values(), ('cross-entropy (nats)', 'accuracy'), strict=True):
+        axes.set(xlabel='epoch', ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    return figure, panels
 
 
 def encode_png(picture: Any) -> bytes:

@@ -20,7 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_dlvc.errors import ArgumentParser, CommandError, ConfigError, existing_directory, named_path, run_command
+from flax_dlvc.errors import (
+    ArgumentParser,
+    CommandError,
+    ConfigError,
+    add_step_argument,
+    existing_directory,
+    named_path,
+    run_command,
+)
 from flax_dlvc.explain import draw, explain
 from flax_dlvc.images import ImageError, find_images, read_image, without_warnings
 from flax_dlvc.setup import Setup
@@ -96,7 +104,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         '--workdir', type=existing_directory, required=True, help='the run directory of the trained model'
     )
-    parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
+    add_step_argument(parser)
     parser.add_argument('--top', type=int, default=5, help='classes to name for each image')
     parser.add_argument('--json', action='store_true', help='print JSON')
     parser.add_argument(

@@ -165,7 +165,7 @@ class TensorBoard:
         self._write(epoch, summaries, next_epoch=epoch + 1)
 
     def _write(self, step: int, summaries: Sequence[Any], next_epoch: int) -> None:
-        """Writes summaries; where a run takes up, also that what is there of `next_epoch` and later is void."""
+        """Writes summaries; where a run takes up again, first that what is there of `next_epoch` and later is void."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter  # over a second to import
 
@@ -230,16 +230,11 @@ def plot_curves(
     stopped_early: bool = False,
 ) -> None:
     """Draws loss and accuracy per epoch, train and validation, with the best and the stopping epoch marked."""
-    from matplotlib.figure import Figure
-
     epochs = [record['epoch'] for record in history]
-    figure = Figure(figsize=(10, 4), layout='constrained')
+    figure, panels = pictures.loss_and_accuracy()
     figure.suptitle(f'{config.name} on {config.dataset}', parse_math=False)
-    for axes, quantity, label in zip(
-        figure.subplots(1, 2), ('loss', 'accuracy'), ('cross-entropy (nats)', 'accuracy'), strict=True
-    ):
-        # Orange and blue of the colour-blind safe palette of Okabe and Ito; the line style tells them apart in print.
-        for split, colour, style in (('train', '#E69F00', '--'), ('validation', '#0072B2', '-')):
+    for quantity, axes in panels.items():
+        for split, colour, style in (('train', pictures.ORANGE, '--'), ('validation', pictures.BLUE, '-')):
             values = [record[f'{split}_{quantity}'] for record in history]
             if None not in values:  # a run without validation
                 axes.plot(epochs, values, style, color=colour, marker='.', label=split)
@@ -247,9 +242,5 @@ def plot_curves(
             axes.axvline(best_epoch, color='0.5', linestyle=':', label=f'best: epoch {best_epoch}')
         if stopped_early:
             axes.axvline(epochs[-1], color='0.2', linewidth=1, label=f'stopped: epoch {epochs[-1]}')
-        axes.set_xlabel('epoch')
-        axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
         axes.legend()
     pictures.write(figure, path)

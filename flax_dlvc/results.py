@@ -265,7 +265,7 @@ def best_record(run: Run) -> dict[str, Any] | None:
     """The record of the epoch that the run tests, or would by now; None where no epoch is finished."""
     rule = run.config.early_stopping
     best_epoch = stopping.follow(run.history, metric=rule.metric, min_delta=rule.min_delta).best_epoch
-    return None if best_epoch is None else run.history[best_epoch - 1]
+    return next((record for record in run.history if record['epoch'] == best_epoch), None)
 
 
 def group(runs: Iterable[Run]) -> list[Cell]:

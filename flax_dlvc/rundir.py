@@ -114,7 +114,7 @@ def create(workdir: Path, config: ConfigDict) -> None:
 
 
 def adopt(workdir: Path, config: ConfigDict) -> None:
-    """Has a run that `check` let have another number of epochs, or be carried out otherwise, be that run.
+    """Brings config.json up to date where `check` allowed another number of epochs, or to carry the run out otherwise.
 
     A result goes, as the run goes on, unless early stopping made it: that is the longer run's as well. A run that stays
     finished keeps the other fields that it was carried out with.
@@ -143,7 +143,7 @@ def write_dataset(workdir: Path, dataset: data.Dataset) -> None:
 
 
 def check_dataset(workdir: Path, dataset: data.Dataset) -> None:
-    """That a dataset is the one which a run began with, by all that dataset.json says of it.
+    """Checks that a dataset is the one which a run began with, by all that dataset.json says of it.
 
     Raises:
         ConfigError: it has changed since, or dataset.json is missing or damaged.
@@ -278,7 +278,7 @@ def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _read(path: Path, form: Any, advice: str, parse: Callable[[str], Any] = json.loads) -> Any:
-    """What a file holds, which has to have a form; None where there is none."""
+    """A file's content, checked against a form; None where there is no file."""
     try:
         value = parse(path.read_text())
         if not _has_form(value, form):
@@ -330,8 +330,8 @@ def read_failure(workdir: Path) -> tuple[str, int]:
     """Why the run did not end, and its exit code; ('', 0) where no failure can be read."""
     try:
         failure = json.loads((workdir / 'failure.json').read_text())
-        return str(failure['message']), int(failure['exit_code'])
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return str(failure['message']), int(failure.get('exit_code', 1))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         return '', 0
 
 

@@ -156,13 +156,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--sort', default='name', metavar='COLUMN', help=f'name, {", ".join(RESULTS)} or a field')
     parser.add_argument('--json', action='store_true', help='everything, with all fields of the configs, as JSON')
     parser.add_argument('--compare', nargs=2, metavar=('A', 'B'), help='two runs, by their names in the table or paths')
-    parser.add_argument(
-        '--out', type=named_path, default=Path('comparison.png'), help='the picture that --compare draws'
-    )
+    parser.add_argument('--out', type=named_path, help='the picture that --compare draws; comparison.png by default')
     arguments = parser.parse_args(argv[1:])
-    if arguments.compare:  # by paths it needs no folder
-        compare(arguments.directory or Path('runs'), arguments.compare, arguments.out)
+    if arguments.compare:
+        if arguments.json or arguments.sort != 'name':
+            raise ConfigError('--compare goes without --json and --sort')
+        directory = arguments.directory or Path('runs')  # of which paths have no need
+        compare(directory, arguments.compare, arguments.out or Path('comparison.png'))
         return
+    if arguments.out:
+        raise ConfigError('--out goes with --compare')
     directory = arguments.directory or existing_directory('runs')
     records = sort([describe(directory, workdir) for workdir in find(directory)], arguments.sort)
     if arguments.json:

@@ -300,9 +300,8 @@ def logits_of(
 class _OnDevices:
     """Wraps a `pmap`: takes the indices (D, …) of all processes' devices, and hands this process's to it.
 
-    It returns arrays that all processes share.
-
-    On several CPU devices each call is waited for: their collectives deadlock when calls run ahead.
+    It returns arrays that all processes share. On several CPU devices it waits for each call, as collectives deadlock
+    there when calls run ahead.
     """
 
     def __init__(self, step: Any, devices: Sequence[jax.Device]):

@@ -8,6 +8,7 @@ report.html. A run is an ordinary run directory, DIR/CELL/seed_N.
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from flax_dlvc.words import describe_time, plural
 if TYPE_CHECKING:
     from flax_dlvc.setup import Setup
 
+TIMED_STEPS = 3  # of a dry run, after the first one
 GPU_MEMORY = 0.9  # the share of it that runs on one GPU take together: each also needs some beside JAX's
 
 # Carrying it out
@@ -219,14 +221,14 @@ def dry_run(grid: Sequence[Planned]) -> None:
     print(f'{plural(len(grid), "run")}; about {describe_time(total)} one after the other, less where they stop early')
 
 
-def _time_steps(setup: 'Setup', num_steps: int = 3) -> tuple[float, float]:
+def _time_steps(setup: 'Setup') -> tuple[float, float]:
     """When the first training step, which compiles, was complete, by time.perf_counter; and seconds of a later one."""
     import jax
 
     from flax_dlvc import steps
 
     split, state = setup.place(setup.dataset.train), setup.create_state()
-    first, *others = steps.calls(setup.training_batches(1), 0, 1)[: num_steps + 1]
+    first, *others = steps.calls(setup.training_batches(1), 0, 1)[: 1 + TIMED_STEPS]
     state, _ = jax.block_until_ready(setup.train_step(state, *split, first))
     ready = time.perf_counter()
     others = others or [first]
@@ -269,9 +271,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--rebuild', action='store_true', help='run nothing: tables and figures of what is there')
     arguments, overrides = parser.parse_known_args(argv[1:])
     for override in overrides:
-        if not override.startswith('--config.') or '=' not in override:
-            raise ConfigError(f'{override!r} is not a flag; fields are set as --config.FIELD=VALUE; see --help')
-        if override.startswith(('--config.seed=', '--config.name=', '--config.model.name=')):
+        if re.match(r'--?config\.(seed|name|model|model\.name)(=|$)', override):
             raise ConfigError(f'{override!r}: the study sets this itself; see --seeds and --models')
     if arguments.seeds < 1 or arguments.parallel_runs < 1:
         raise ConfigError('--seeds and --parallel-runs must be at least 1')
@@ -280,10 +280,9 @@ def main(argv: list[str]) -> None:
     workdir = arguments.workdir
     written = f'written: {workdir / "report.html"}, table.md, table.csv, table.tex, runs.csv, answers.md, figures/'
     if arguments.rebuild:
-        given = {flag for flag in vars(arguments) if getattr(arguments, flag) != parser.get_default(flag)}
-        surplus = [f'--{flag.replace("_", "-")}' for flag in sorted(given - {'workdir', 'rebuild'})] + overrides
+        surplus = [word for word in argv[1:] if re.match(r'--(?!workdir\b|rebuild\b)', word)]
         if surplus:
-            raise ConfigError(f'--rebuild takes all runs that are there, so it goes without {", ".join(surplus)}')
+            raise ConfigError(f'--rebuild takes all runs that are there, so it goes without {" ".join(surplus)}')
         write(existing_directory(workdir))
         print(written)
         return
@@ -303,7 +302,7 @@ def main(argv: list[str]) -> None:
     print(written)
     for state, problem, advice in (
         ('failed', 'failed', 'the table says why'),
-        ('elsewhere', 'are trained by another process', 'start again when it has ended'),
+        ('elsewhere', 'left to another process that trains them', 'start again when it has ended'),
     ):
         runs = [f'{planned.cell} seed {planned.config.seed}' for planned in grid if planned.state == state]
         if runs:

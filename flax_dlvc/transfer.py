@@ -46,15 +46,16 @@ def save_as_run(workdir: Path, setup: Setup, variables: dict[str, Any]) -> None:
     rundir.check(workdir, setup.config)
     state = with_variables(setup.create_state(), variables)
     rundir.create(workdir, setup.config)
-    rundir.write_dataset(workdir, setup.dataset)
     with rundir.lock(workdir):
         try:
+            rundir.write_dataset(workdir, setup.dataset)
             with Checkpoints(workdir) as checkpoints:
                 checkpoints.save(state, Progress(best_step=0))
                 checkpoints.wait()
         except BaseException:  # what is left would pass for a run
             shutil.rmtree(workdir / 'checkpoints', ignore_errors=True)
-            (workdir / 'config.json').unlink()
+            for name in ('dataset.json', 'config.json'):
+                (workdir / name).unlink(missing_ok=True)
             raise
 
 
@@ -65,7 +66,7 @@ def with_variables(state: steps.TrainState, variables: dict[str, Any]) -> steps.
 
 
 def begin_from(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[steps.TrainState, list[str]]:
-    """A fresh state with all that fits of a trained model's best checkpoint: same path, same shape.
+    """A fresh state that takes every variable of the same path and shape from a trained model's best checkpoint.
 
     Args:
         workdir: the run directory of the trained model.

@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import time
 
+import jax
 import pytest
 from conftest import ROOT, check_same_run, read_history
 
 from flax_dlvc import distributed, rundir
+from flax_dlvc.errors import PeerError
 
 pytestmark = [pytest.mark.timeout(280), pytest.mark.usefixtures('quick_compilation')]
 
@@ -222,9 +225,19 @@ def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command, flags,
         ('node1:80', False),
     ],
 )
-def test_other_hosts_may_reach_the_coordinator_unless_its_address_says_otherwise(address, alone):
+def test_other_hosts_may_reach_the_coordinator_unless_its_address_says_otherwise(monkeypatch, address, alone):
     """A host's own name often resolves to a loopback address there, so that binding to it would shut all others out."""
-    assert bool(distributed.LOOPBACK.fullmatch(address)) == alone
+    asked = {}
+
+    def initialize(*_, **options):
+        asked.update(options)
+        raise RuntimeError('not in a test')
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    monkeypatch.setenv('COORDINATOR_ADDRESS', address)
+    with pytest.raises(PeerError, match=f'cannot join the run at {re.escape(address)}: not in a test'):
+        distributed._join()
+    assert asked['coordinator_bind_address'] == (address if alone else None)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

@@ -148,6 +148,8 @@ def test_a_model_has_no_rows_of_fields_that_it_does_not_take(tmp_path):
         ('augment.random_resized_crop_scale_min=x', 'scale_min must be a number'),
         ('augment.random_resized_crop_scale_min=2', 'scale must be .lowest, highest. with'),
         ('model.num_heads=7', 'must be divisible by'),
+        ('optimizer.name=adam,sgd', "optimizer.name must be 'adamw', 'sgd' or 'muon', not 'adam'"),
+        ('schedule.name=step', 'schedule.name must be'),
     ],
 )
 def test_a_wrong_axis_is_one_line(tmp_path, axis, message):

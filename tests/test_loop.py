@@ -418,8 +418,8 @@ def test_a_run_that_diverges_rewinds_with_half_the_learning_rate(small_config, t
         loop.run(small_config, tmp_path / 'one')
 
 
-def test_where_a_run_rewinds_to_does_not_depend_on_how_often_it_saves(small_config, tmp_path, capsys):
-    """At a rate that rises until the loss explodes: back to the best epoch, not to the step before the explosion."""
+def test_where_a_run_rewinds_to_does_not_depend_on_how_often_it_saves(small_config, tmp_path, capsys, monkeypatch):
+    """Nor on when it is killed: at a rate that rises until the loss explodes, it goes back to the best epoch."""
     small_config.optimizer.name = 'sgd'
     small_config.learning_rate = 2.0
     small_config.schedule.name, small_config.schedule.warmup_epochs = 'constant', 4.0
@@ -432,10 +432,27 @@ def test_where_a_run_rewinds_to_does_not_depend_on_how_often_it_saves(small_conf
         assert result['rewinds'] >= 1
         output = capsys.readouterr().out
         assert re.search(
-            r'rewind 1 of at most 20: .*learning rate [\d.]+\n.*\ngoing on after step \d+, [1-4] epochs', output
+            r'rewind 1 of at most 20: .*learning rate [\d.]+\n.*\ngoing on after step \d+, [1-4] epochs?', output
         )
         histories.append([{**record, 'images_per_second': 0} for record in read_history(tmp_path / str(every))])
     assert histories[0] == histories[1]
+
+    announce, announced = loop.announce, []
+
+    def kill(*arguments):  # once it has gone back to a checkpoint, before its first step
+        announced.append(arguments)
+        if len(announced) == 2:
+            raise KeyboardInterrupt
+        announce(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, 'announce', kill)
+        loop.run(small_config, tmp_path / 'killed')
+    with Checkpoints(tmp_path / 'killed', read_only=True) as checkpoints:
+        (step,) = checkpoints.steps
+        assert checkpoints.restore(step, announced[1][2])[1].rewinds == 1
+    loop.run(small_config, tmp_path / 'killed')
+    assert [{**record, 'images_per_second': 0} for record in read_history(tmp_path / 'killed')] == histories[0]
 
     small_config.num_epochs = 6  # it goes on at the rate that it came to
     longer = loop.run(small_config, tmp_path / '0')

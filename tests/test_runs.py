@@ -74,6 +74,12 @@ def test_the_best_epoch_is_the_one_that_the_run_chose(folder, tmp_path, capsys):
     assert (record['best_epoch'], record['best_validation_accuracy']) == (2, None)
 
 
+def test_a_history_without_its_first_epochs_is_shown_as_far_as_it_goes(folder, tmp_path):
+    workdir = shutil.copytree(folder / 'deeper' / 'b', tmp_path / 'b')
+    rundir.write_history(workdir, [record | {'epoch': record['epoch'] + 3} for record in rundir.read_history(workdir)])
+    assert runs.describe(tmp_path, workdir)['best_epoch'] in (4, 5)
+
+
 def test_the_table_has_the_fields_that_differ_and_no_others(folder, capsys):
     runs.main(['runs', str(folder)])
     head, *rows = capsys.readouterr().out.splitlines()
@@ -190,6 +196,8 @@ def test_compare_draws_a_line_per_run_and_split(folder):
         ['{folder}', '--compare', 'c', 'c'],
         ['{folder}', '--compare', 'a', 'x' * 300],
         ['{folder}', '--compare', 'a', 'a', '--out', 'x.svg'],
+        ['{folder}', '--compare', 'a', 'a', '--json'],
+        ['{folder}', '--out', 'x.png'],
         ['{folder}', '--compare', 'a', 'a', '--out', '{folder}/no/x.png'],
     ],
 )

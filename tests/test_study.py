@@ -225,7 +225,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, small_run_fla
     theirs = first.directory
     rundir.create(theirs, first.config)
     arguments = ['study', '--workdir', str(tmp_path), '--models', 'cnn', '--regularizations', 'none', '--seeds', '2']
-    message = '1 of 2 runs are trained by another process: cnn seed 0; start again when it has ended'
+    message = '1 of 2 runs left to another process that trains them: cnn seed 0; start again when it has ended'
     with rundir.lock(theirs), pytest.raises(CommandError, match=message) as error:
         study.main([*arguments, *small_run_flags])
     assert error.value.exit_code == 1

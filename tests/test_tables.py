@@ -492,9 +492,10 @@ def test_rebuild_goes_alone_and_says_what_it_wrote(tmp_path, capsys):
     study.main(['study', '--workdir', str(tmp_path), '--rebuild'])
     assert capsys.readouterr().out.startswith(f'written: {tmp_path}/report.html, table.md, ')
     for flags, named in (
-        (['--seeds=2'], '--seeds'),
-        (['--models=cnn', '--config.num_epochs=1'], '--models, --config.num_epochs=1'),
-        (['--parallel-runs', '2', '--dry-run'], '--dry-run, --parallel-runs'),
+        (['--seeds=2'], '--seeds=2'),
+        (['--models=cnn', '--config.num_epochs=1'], '--models=cnn --config.num_epochs=1'),
+        (['--parallel-runs', '2', '--dry-run'], '--parallel-runs --dry-run'),
+        (['--seeds', '3'], '--seeds'),  # as it is by default
     ):
         with pytest.raises(ConfigError, match=rf'^--rebuild takes all runs .* goes without {re.escape(named)}$'):
             study.main(['study', '--workdir', str(tmp_path), '--rebuild', *flags])

@@ -86,7 +86,7 @@ class Whitening(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolution and 2x2 pooling, then one more convolution, or two around which the map is added."""
+    """Convolution and 2x2 pooling, then one more convolution, or two with a shortcut past both."""
 
     features: int
     depth: int

@@ -175,7 +175,7 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def convolve_in_training(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """`convolve` where gradients follow, as what XLA does not fuse with anything.
+    """`convolve` where gradients follow, by operations that XLA fuses with nothing else.
 
     What it does fuse it computes again for each use: `x` in the transforms of `winograd` and, transposed, for
     `kernel_gradient` (a CNN's step takes 1.08x as long), or the results of `sum_of_products` (1.9x).

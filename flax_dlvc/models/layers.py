@@ -221,8 +221,8 @@ def row_major(x: jax.Array) -> jax.Array:
 def kept_apart(x: jax.Array) -> jax.Array:
     """`x`; on a CPU, XLA cannot have YNNPACK compute in one call what comes before it and what comes after it.
 
-    It would have it compute a reduction together with the matrix products that follow, which takes YNNPACK longer than
-    Eigen. An optimization barrier does not prevent it; any operation that YNNPACK lacks does, such as this comparison.
+    YNNPACK would compute a reduction together with the matrix products that follow, which takes it longer than Eigen
+    takes. An optimization barrier does not prevent it; any operation that YNNPACK lacks does, such as this comparison.
     In training the gradient's use of `x` is enough, so there it is `x` itself. Reverse-mode derivatives only.
     """
     return jnp.where(x == x, x, jnp.nan) if on_cpu() else x

@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
     num_heads: int
     dropout_rate: float
     dtype: jnp.dtype
-    num_queries: int | None = None  # Q: so many tokens, from the first on, look at all N; None: all do
+    num_queries: int | None = None  # Q: the leading tokens that attend to all N; None: all of them
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -53,7 +53,7 @@ class Block(nn.Module):
     dropout_rate: float
     dtype: jnp.dtype
     stochastic_depth_rate: float = 0.0
-    num_outputs: int | None = None  # Q: of so many tokens, from the first on, the result is wanted; None: of all
+    num_outputs: int | None = None  # Q: the leading tokens that are returned; None: all of them
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -116,6 +116,6 @@ class ViT(nn.Module):
             )
             x = block(x, train=train)
         x = LayerNorm(dtype=self.dtype, name='mlp_head_0')(x[:, 0])
-        if train:  # for the gradient of the next kernel XLA would turn all tokens' maps round, batch last, on a GPU
+        if train:  # else XLA, on a GPU, transposes all tokens to batch last for the next kernel's gradient
             x = row_major(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name='mlp_head_1')(x).astype(jnp.float32)

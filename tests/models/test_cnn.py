@@ -107,8 +107,3 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(variables):
     logits, exact = apply(model, variables), apply(CNN(num_classes=10), variables)
     assert logits.dtype == np.float32
     assert 1e-4 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
-
-
-def test_create_model_takes_the_options_it_has():
-    model = create_model('cnn', num_classes=3, dropout_rate=0.25, dtype='float32', stem='cifar', patch_size=4)
-    assert model == CNN(num_classes=3, dropout_rate=0.25, dtype=jnp.dtype('float32'))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import convolve, count, max_pool, shapes_of
 
-from flax_dlvc.models import ResNet18, create_model
+from flax_dlvc.models import ResNet18
 from flax_dlvc.models.resnet import BasicBlock, ResNet
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -222,9 +222,3 @@ def test_initialisation_is_torchvisions():
     for name in ('bn1', 'bn2', 'downsample_bn'):
         assert (params[name]['scale'] == 1).all() and (params[name]['bias'] == 0).all()
         assert (statistics[name]['mean'] == 0).all() and (statistics[name]['var'] == 1).all()
-
-
-def test_create_model_takes_the_options_it_has():
-    model = create_model('resnet18', num_classes=3, dropout_rate=0.25, dtype='bfloat16', stem='cifar', patch_size=4)
-    expected = {'num_classes': 3, 'dropout_rate': 0.25, 'dtype': jnp.dtype('bfloat16'), 'stem': 'cifar'}
-    assert model == ResNet18(**expected)

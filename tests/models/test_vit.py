@@ -9,7 +9,7 @@ import scipy.special
 from conftest import maximum_error
 from reference import convolve, count, gelu, max_pool, shapes_of
 
-from flax_dlvc.models import ViT, create_model
+from flax_dlvc.models import ViT
 from flax_dlvc.models.vit import Block, SelfAttention, image_to_patches
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -241,9 +241,3 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(variables):
 def test_an_examples_logits_do_not_depend_on_the_others(variables):
     model = ViT(**SMALL)
     np.testing.assert_allclose(apply(model, variables, IMAGES[:1]), apply(model, variables)[:1], atol=1e-5)
-
-
-def test_create_model_takes_the_options_it_has():
-    options = {**SMALL, 'dropout_rate': 0.25}
-    model = create_model('vit', dtype='float32', stem='cifar', **options)
-    assert model == ViT(**options, dtype=jnp.dtype('float32'))
