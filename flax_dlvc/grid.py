@@ -76,20 +76,13 @@ def plan(
     # An axis may switch augmentation on; a row without dropout stays one.
     varied = {field for axis in axes for field, _ in axis} - {'dropout_rate'}
     cells: dict[str, ConfigDict] = {}
-    changed: set[str] = set()  # flags that make some row another one
+    changed: set[str] = set()  # fields that some row differs by
     ignored: set[str] = set()  # and that some row does not take
     for model, regularization in itertools.product(models, regularizations):
         name = results.config_name(model, regularization)
         file = flatten(results.base_config(name))
-        base = _config_at(name, overrides, ())
-        asked = flatten(base)
-        for technique, fields in SWITCHES.items():
-            flags = {f'--config.{field}' for field in fields if asked[field] != file[field]}
-            if technique in regularization:
-                changed |= flags
-            else:
-                ignored |= flags
         foreign = {f for technique, fields in SWITCHES.items() if technique not in regularization for f in fields}
+        base = _config_at(name, overrides, ())
         base.update_from_flattened_dict({field: file[field] for field in foreign})
         usual = flatten(base) | _ends(base)
         for point in itertools.product(*axes):
@@ -101,11 +94,16 @@ def plan(
             ours = flatten(config) | _ends(config)
             differing = {field: value for field, value in point if ours[field] != usual[field]}
             labels = [f'{field}={value}' for field, value in differing.items()]
-            changed |= {f'--vary {field}' for field in differing}
-            ignored |= {f'--vary {field}' for field, _ in point if ours[field] != asked[field]}
+            changed |= differing.keys()
+            ignored |= {field for field, _ in point if ours[field] != asked[field]}
             if config not in cells.values():  # what changes nothing makes no other row, nor does 0.10 beside 0.1
                 cells[','.join([name, *labels]).translate(WRITABLE)] = config
-    if idle := sorted(ignored - changed):
+    idle = [f'--vary {field}' for field in sorted(ignored - changed)]
+    overridden = {override.partition('=')[0].rpartition('config.')[2] for override in overrides}
+    for technique, fields in SWITCHES.items():
+        if not any(technique in regularization for regularization in regularizations):
+            idle += [f'--config.{field}' for field in sorted(fields & overridden)]
+    if idle:
         raise ConfigError(f'{", ".join(idle)} changes none of the rows; see --models and --regularizations')
     grid = []
     for cell, config in cells.items():
