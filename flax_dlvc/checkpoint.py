@@ -6,6 +6,7 @@ saved. Orbax writes each one beside its place and renames it, so a crash leaves 
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -412,6 +413,7 @@ def _inspect(tree: Any, numpy: Any) -> tuple[list[Any], Any]:
     return [fingerprint(leaf) for leaf in leaves], numpy.all(numpy.stack(finite))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what computes: the package ('' where it is run uninstalled), JAX and the libraries on it, Python."""
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
