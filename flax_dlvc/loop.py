@@ -31,6 +31,16 @@ from flax_dlvc.words import plural
 ANEW = 'in another --workdir with a lower --config.learning_rate or a --config.optimizer.gradient_clip_norm'
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """All that a run writes to: its directory, and in it checkpoints and TensorBoard's log; the display."""
+
+    workdir: Path
+    checkpoints: Checkpoints
+    tensorboard: TensorBoard
+    display: Display
+
+
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains, stops, and tests the best checkpoint; goes on where an interrupted run of the same config was.
 
@@ -77,7 +87,7 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
         if distributed.is_main():
             rundir.remove_failure(workdir)
         try:
-            result = train_and_test(setup, workdir, checkpoints, tensorboard, display)
+            result = train_and_test(setup, Output(workdir, checkpoints, tensorboard, display))
         except DivergedError as error:
             if distributed.is_main():
                 rundir.write_failure(workdir, str(error), error.exit_code)
@@ -102,18 +112,16 @@ def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
         yield
 
 
-def train_and_test(
-    setup: Setup, workdir: Path, checkpoints: Checkpoints, tensorboard: TensorBoard, display: Display
-) -> dict[str, Any]:
+def train_and_test(setup: Setup, output: Output) -> dict[str, Any]:
     """The run proper, to its result; where the config says so, divergence sends it back to its best epoch.
 
     From there, or from its beginning where no epoch is finished, it goes on at half the rate. So how often it saves, or
     is stopped, does not change where it goes.
     """
-    config = setup.config
+    config, workdir, checkpoints = setup.config, output.workdir, output.checkpoints
     rewinds = 0
     while True:
-        state, progress = restore_or_start(setup, checkpoints, tensorboard, display)
+        state, progress = restore_or_start(setup, output)
         check_progress(workdir, config, progress)
         if distributed.is_main():
             rundir.adopt(workdir, config)
@@ -125,11 +133,11 @@ def train_and_test(
                 save(checkpoints, state, progress)  # or a run that is killed would go on at the rate before
         rewinds = progress.rewinds
         slower = setup.variant(learning_rate=config.learning_rate / 2**rewinds) if rewinds else setup
-        announce(slower, workdir, state, progress, display)
+        announce(slower, output, state, progress)
         try:
             with stop_signals() as check_stop:
-                progress = train(slower, state, progress, workdir, checkpoints, tensorboard, display, check_stop)
-                return test_best(slower, progress, workdir, checkpoints, tensorboard, check_stop)
+                progress = train(slower, state, progress, output, check_stop)
+                return test_best(slower, progress, output, check_stop)
         except StopRequested as request:
             checkpoints.wait()
             name = signal.Signals(request.signal_number).name
@@ -145,9 +153,9 @@ def train_and_test(
                 ways = {'stop': '--config.on_divergence=rewind', 'rewind': 'more --config.max_rewinds'}
                 raise DivergedError(f'{what}; {kept}; go on with {ways[config.on_divergence]}, or {ANEW}') from None
             checkpoints.rewind()
-            tensorboard.rewind()
+            output.tensorboard.rewind()
             rewinds += 1
-            display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {what}')
+            output.display.print(f'rewind {rewinds} of at most {config.max_rewinds}: {what}')
 
 
 def check_progress(workdir: Path, config: ConfigDict, progress: Progress) -> None:
@@ -166,14 +174,7 @@ def check_progress(workdir: Path, config: ConfigDict, progress: Progress) -> Non
 
 @timed('input and host')
 def train(
-    setup: Setup,
-    state: steps.TrainState,
-    progress: Progress,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    tensorboard: TensorBoard,
-    display: Display,
-    check_stop: Callable[[], None],
+    setup: Setup, state: steps.TrainState, progress: Progress, output: Output, check_stop: Callable[[], None]
 ) -> Progress:
     """Trains and validates, epoch by epoch, until the last one or until early stopping has had enough.
 
@@ -192,12 +193,12 @@ def train(
             if step == first_step:
                 state = state.replace(sums=setup.empty_sums())
             sums = state.sums
-            monitor = Monitor(setup, step, display)
+            monitor = Monitor(setup, step, output.display)
             save_is_due = Clock(config, step)
             for indices in setup.training_calls(epoch, step - first_step):
                 check_stop()
                 if save_is_due(step):
-                    save(checkpoints, state, progress)
+                    save(output.checkpoints, state, progress)
                 with training_call(indices.shape[1]):
                     state, sums = setup.train_step(state, *train_split, indices)
                     step += indices.shape[1]
@@ -220,35 +221,28 @@ def train(
                 'images_per_second': images_per_second,
             }
             progress = advance(config, progress, record)
-            save(checkpoints, state, progress)
+            save(output.checkpoints, state, progress)
             if distributed.is_main():
-                rundir.write_history(workdir, progress.history)
-                tensorboard.epoch(record)
-            display.epoch(record, progress.stopping)
+                rundir.write_history(output.workdir, progress.history)
+                output.tensorboard.epoch(record)
+            output.display.epoch(record, progress.stopping)
             freed_memory.give_back()
     except StopRequested:
         with contextlib.suppress(NotFiniteError):  # the run goes on from the checkpoint before, and meets it again
-            save(checkpoints, state, progress)
+            save(output.checkpoints, state, progress)
         raise
     return progress
 
 
 @timed('input and host')
-def test_best(
-    setup: Setup,
-    progress: Progress,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    tensorboard: TensorBoard,
-    check_stop: Callable[[], None],
-) -> dict[str, Any]:
+def test_best(setup: Setup, progress: Progress, output: Output, check_stop: Callable[[], None]) -> dict[str, Any]:
     """Tests the best checkpoint, draws the curves, and returns what `result.json` holds.
 
     Raises:
         DivergedError: the loss is not finite; going back would choose the same checkpoint again.
         StopRequested: by `check_stop`.
     """
-    config = setup.config
+    config, workdir, checkpoints = setup.config, output.workdir, output.checkpoints
     checkpoints.wait()
     best_step = checkpoints.find('best')
     best, _ = checkpoints.restore(best_step, setup.abstract_state)
@@ -265,7 +259,7 @@ def test_best(
         rundir.write_evaluation(workdir, 'test', evaluation)
         chosen = best_epoch if config.splits.validation else None
         plot_curves(config, progress.history, workdir / 'curves.png', chosen, stopped_early)
-        tensorboard.end(epochs_run, test, predictions)
+        output.tensorboard.end(epochs_run, test, predictions)
     del test['confusion_matrix'], test['expected_calibration_error']  # they stand in evaluation-test.json
     return {
         'config_name': config.name,
@@ -282,20 +276,18 @@ def test_best(
 
 
 @timed('start')
-def restore_or_start(
-    setup: Setup, checkpoints: Checkpoints, tensorboard: TensorBoard, display: Display
-) -> tuple[steps.TrainState, Progress]:
+def restore_or_start(setup: Setup, output: Output) -> tuple[steps.TrainState, Progress]:
     """The newest whole checkpoint's state and progress, or the initial ones, which `init_from` may have a part in."""
-    restored = checkpoints.restore_latest(setup.abstract_state)
+    restored = output.checkpoints.restore_latest(setup.abstract_state)
     if restored is not None:
         return restored
     with setup.compiling():
         if distributed.is_main():
-            tensorboard.begin()
+            output.tensorboard.begin()
     state = setup.create_state()
     if setup.config.init_from:
         state, reinitialized = begin_from(Path(setup.config.init_from), setup, state)
-        display.print(
+        output.display.print(
             f'begins with {setup.config.init_from}; initialised anew: {", ".join(reinitialized) or "nothing"}'
         )
     return state, Progress()
@@ -329,21 +321,21 @@ class Clock:
         return due
 
 
-def announce(setup: Setup, workdir: Path, state: steps.TrainState, progress: Progress, display: Display) -> None:
+def announce(setup: Setup, output: Output, state: steps.TrainState, progress: Progress) -> None:
     """Says what runs on what, and where it starts; at the very start also the table of parameters."""
     config, dataset, devices = setup.config, setup.dataset, setup.devices
     step = int(state.step)
     if step == 0:
-        display.print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    display.print(
+        output.display.print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    output.display.print(
         f'{config.name}: {config.model.name} with {count_parameters(state):,} parameters on {config.dataset} '
         f'({len(dataset.train):,} train, {len(dataset.validation):,} validation, {len(dataset.test):,} test), '
-        f'seed {config.seed}, {describe_devices(devices)}, in {workdir}'
+        f'seed {config.seed}, {describe_devices(devices)}, in {output.workdir}'
     )
     if idle := without_effect(config) & set(differing_fields(config, default.get_config())):
-        display.print(f'without effect here: {", ".join(sorted(idle))}')
+        output.display.print(f'without effect here: {", ".join(sorted(idle))}')
     if step > 0:
-        display.print(f'going on after step {step}, {plural(len(progress.history), "epoch")} finished')
+        output.display.print(f'going on after step {step}, {plural(len(progress.history), "epoch")} finished')
 
 
 def describe_devices(devices: Sequence[jax.Device]) -> str:

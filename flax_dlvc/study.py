@@ -252,8 +252,8 @@ def _steps_of_a_run(setup: 'Setup') -> float:
 # The command
 
 
-def main(argv: list[str]) -> None:
-    """Parses the command line, carries out the grid and writes what comes of it."""
+def make_parser() -> ArgumentParser:
+    """The arguments beside `--config.FIELD=VALUE`."""
     parser = ArgumentParser(
         'python -m flax_dlvc.study',
         description=__doc__.splitlines()[0],
@@ -269,7 +269,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--parallel-runs', type=int, default=1, help='runs at once, in processes; 1 by default')
     parser.add_argument('--dry-run', action='store_true', help='print the grid and an estimate of its time')
     parser.add_argument('--rebuild', action='store_true', help='run nothing: tables and figures of what is there')
-    arguments, overrides = parser.parse_known_args(argv[1:])
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line, carries out the grid and writes what comes of it."""
+    arguments, overrides = make_parser().parse_known_args(argv[1:])
     for override in overrides:
         if re.match(r'--?config\.(seed|name|model|model\.name)(=|$)', override):
             raise ConfigError(f'{override!r}: the study sets this itself; see --seeds and --models')
