@@ -67,7 +67,7 @@ def _experiments(cells: Sequence[Cell]) -> list[Block]:
         return [('paragraph', f'No run is finished: {NOT_ENOUGH}.', [])]
     rows = [['Experiment', 'Seeds', 'Train (%)', 'Validation (%)', 'Test (%)', 'Best epoch', 'Epochs run']]
     for cell in cells:
-        best = [run.history[run.result['best_epoch'] - 1] for run in cell.finished]
+        best = [run.best for run in cell.finished]
         rows.append(
             [
                 cell.title,

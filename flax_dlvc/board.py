@@ -72,8 +72,7 @@ class Board:
         if planned.epochs != len(run.history):
             planned.epochs = len(run.history)
             self._measure(planned)
-        best = results.best_record(run)
-        planned.best = best['validation_accuracy'] if best else None
+        planned.best = run.best.get('validation_accuracy')
 
     def _measure(self, planned: Planned) -> None:
         """Notes what an epoch of a run takes, by the clock: its share of compiling, evaluating and saving included."""

@@ -145,9 +145,9 @@ def train_and_test(setup: Setup, output: Output) -> dict[str, Any]:
             message = f'stopped by {name}, {saved} in {workdir}; the same command goes on'
             raise StoppedError(message, request.signal_number) from None
         except NotFiniteError as error:
-            checkpoints.wait()
             what = f'{error} with learning rate {float(slower.schedule(error.step - 1)):.3g}'
             if config.on_divergence == 'stop' or rewinds >= config.max_rewinds:
+                checkpoints.wait()
                 latest = checkpoints.latest_step
                 kept = 'no checkpoint was saved yet' if latest is None else f'the checkpoint of step {latest} is kept'
                 ways = {'stop': '--config.on_divergence=rewind', 'rewind': 'more --config.max_rewinds'}
@@ -247,10 +247,9 @@ def test_best(setup: Setup, progress: Progress, output: Output, check_stop: Call
     best_step = checkpoints.find('best')
     best, _ = checkpoints.restore(best_step, setup.abstract_state)
     test, predictions = evaluate(setup, best.variables, setup.place(setup.dataset.test), check_stop)
-    try:
-        check_finite(test['cross_entropy'], 'test', best_step)
-    except NotFiniteError as error:
-        raise DivergedError(f'{error}; the checkpoint of step {best_step} is kept; train {ANEW}') from None
+    if not math.isfinite(loss := test['cross_entropy']):
+        kept = f'the checkpoint of step {best_step} is kept'
+        raise DivergedError(f'the test loss is {loss} at step {best_step}; {kept}; train {ANEW}')
     evaluation = describe_origin(setup, 'test', best_step) | test
     epochs_run = len(progress.history)
     stopped_early = epochs_run < config.num_epochs

@@ -117,6 +117,14 @@ class Run:
         return self.evaluation | self.result.get('test', {})
 
     @cached_property
+    def best(self) -> dict[str, Any]:
+        """The record of the epoch that the run tested, or would by now; empty where no epoch is finished."""
+        rule = self.config.early_stopping
+        by_now = stopping.follow(self.history, metric=rule.metric, min_delta=rule.min_delta)
+        best_epoch = self.result.get('best_epoch', by_now.best_epoch)
+        return next((record for record in self.history if record['epoch'] == best_epoch), {})
+
+    @cached_property
     def epoch_seconds(self) -> list[float]:
         """Time that the training steps of each epoch take, by its images/s; epochs without one are left out."""
         seconds, previous = [], 0
@@ -259,13 +267,6 @@ def read_run(directory: Path, workdir: Path) -> Run:
         data=rundir.read_description(workdir) if (workdir / 'dataset.json').exists() else {},
         failure='' if result else rundir.read_failure(workdir)[0],
     )
-
-
-def best_record(run: Run) -> dict[str, Any] | None:
-    """The record of the epoch that the run tests, or would by now; None where no epoch is finished."""
-    rule = run.config.early_stopping
-    best_epoch = stopping.follow(run.history, metric=rule.metric, min_delta=rule.min_delta).best_epoch
-    return next((record for record in run.history if record['epoch'] == best_epoch), None)
 
 
 def group(runs: Iterable[Run]) -> list[Cell]:

@@ -54,14 +54,13 @@ def describe(directory: Path, workdir: Path) -> dict[str, Any]:
     )
     try:
         run = results.read_run(directory, workdir)
-        best = results.best_record(run)
         _, exit_code = rundir.read_failure(workdir)
         state = 'diverged' if exit_code == DivergedError.exit_code else 'stopped'
         return record | {
             'config': flatten(run.config),
             'epochs_run': len(run.history),
-            'best_validation_accuracy': best and best['validation_accuracy'],
-            'best_epoch': best and best['epoch'],
+            'best_validation_accuracy': run.best.get('validation_accuracy'),
+            'best_epoch': run.best.get('epoch'),
             'test_accuracy': run.test.get('accuracy'),
             'seconds': sum(run.epoch_seconds) if run.epoch_seconds else None,
             'state': 'running' if rundir.is_locked(workdir) else 'finished' if run.result else state,

@@ -197,7 +197,7 @@ def runs_to_csv(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         result = run.result
-        best = run.history[result['best_epoch'] - 1] if result else {}
+        best = run.best if result else {}
         rows.append(
             {
                 'run': run.name,

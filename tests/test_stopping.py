@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -95,3 +96,22 @@ def test_nothing_seen_does_not_stop():
 def test_a_patience_that_was_passed_already_stops(patience):
     """As in a run that goes on with less patience."""
     assert should_stop(Stopping(0.5, 1, 1000), patience=patience)
+
+
+def test_what_is_remembered_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Stopping().best_value = 0.5
+
+
+def test_flags_are_named():
+    """Nobody sees what is true in `update(state, 0.5, 1, True, 0.0)`."""
+    with pytest.raises(TypeError, match='positional'):
+        update(Stopping(), 0.5, 1, True, 0.0)
+    with pytest.raises(TypeError, match='positional'):
+        should_stop(Stopping(), 3)
+
+
+def test_update_leaves_its_argument():
+    state = Stopping(0.5, 1, 2)
+    update(state, 0.6, 2, minimize=False, min_delta=0.0)
+    assert state == Stopping(0.5, 1, 2)
