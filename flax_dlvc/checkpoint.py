@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 import warnings
 import zlib
@@ -100,6 +101,7 @@ class Checkpoints:
                     'progress': ocp.JsonCheckpointHandler(PROGRESS_FILE),
                 },
             )
+            self._opened = os.open(self.directory, os.O_RDONLY)  # while it is, no other directory gets its inode
         except OSError as error:
             raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
 
@@ -116,6 +118,8 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise self._storage_error(failure) from failure
+        finally:
+            os.close(self._opened)
 
     @property
     def steps(self) -> list[int]:
@@ -352,9 +356,13 @@ class Checkpoints:
         return aside
 
     def _check_there(self) -> None:
-        """Orbax would make a directory that somebody has removed anew."""
-        if not self.directory.is_dir():
-            raise self._storage_error(FileNotFoundError('it is gone'))
+        """Orbax makes a directory anew that somebody has removed, and a save under way may have done so."""
+        try:
+            if os.path.samestat(self.directory.stat(), os.fstat(self._opened)):
+                return
+        except OSError:
+            pass
+        raise self._storage_error(FileNotFoundError('it is gone'))
 
     def _storage_error(self, error: Exception) -> StorageError:
         # What Orbax gives up with a failed save would complain of it again, at the end of the process.

@@ -142,8 +142,8 @@ def ending(error: BaseException) -> tuple[int, str] | None:
         return StorageError.exit_code, f'{problem}; free space and start again'
     if is_out_of_memory(error):
         return 1, (
-            'the device is out of memory; set a smaller --config.batch_size or --config.evaluation_batch_size, or a '
-            'larger --config.accumulate_steps'
+            'the device is out of memory; set a larger --config.accumulate_steps or a smaller '
+            '--config.evaluation_batch_size, or, in another --workdir, a smaller --config.batch_size'
         )
     return None
 

@@ -1,6 +1,7 @@
-"""What XLA and glibc are told before a run starts, and glibc again while it lasts: more speed, the same formulas."""
+"""What XLA, glibc and Python are told before a run starts, and glibc again while it lasts: speed, and a whole heap."""
 
 import ctypes
+import faulthandler
 import os
 import platform
 import time
@@ -52,6 +53,19 @@ def set_cpu_options() -> None:
     flags = os.environ.get('XLA_FLAGS', '')
     ours = [f'{name}={value}' for name, value in CPU_OPTIONS.items() if name not in flags]
     os.environ['XLA_FLAGS'] = ' '.join(filter(None, [flags, *ours]))
+
+
+def give_signals_a_stack() -> None:
+    """Has Python's signal handlers run on a stack of their own, in the thread that calls this.
+
+    oneDNN's float32 matrix products, which Eigen uses on a CPU, have the stack's register point into the heap (oneDNN's
+    issue 4845; jaxlib 0.11.2 has it mended). What the kernel puts on the stack for a signal then overwrites arrays and
+    malloc's own records: of a CNN's runs that were to save and stop a third crashed instead (LOG.md). Python's handlers
+    run on another stack where a thread has one, and faulthandler makes one. The thread has to be the main one, to which
+    the kernel gives a process's signals first.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2, all_threads=False)  # standard error's number: what Python has in its place may have none
 
 
 def keep_freed_memory(num_devices: int) -> None:

@@ -234,6 +234,7 @@ def prepare_backend(num_devices: int) -> None:
     """
     runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
     runtime.set_cpu_options()
+    runtime.give_signals_a_stack()
     try:
         runtime.keep_freed_memory(num_devices)
         jax.default_backend()

@@ -198,6 +198,20 @@ def test_a_last_save_that_fails_is_said_unless_something_else_is(tmp_path):
         leaving.throw(KeyError())
 
 
+@pytest.mark.parametrize('made_anew', [False, True])
+def test_nothing_is_saved_in_a_directory_that_was_removed(tmp_path, made_anew):
+    """Not even where a save that was under way, or somebody else, has made one of the same name since."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1), Progress())
+        checkpoints.wait()
+        shutil.rmtree(checkpoints.directory)
+        if made_anew:
+            checkpoints.directory.mkdir()
+        with pytest.raises(StorageError, match=r'cannot save to .*it is gone'):
+            checkpoints.save(make_state(2), Progress())
+        assert not [*tmp_path.glob('checkpoints/*')]
+
+
 def test_rewinding_removes_what_is_newer_than_the_best(tmp_path):
     with Checkpoints(tmp_path, keep_latest=3) as checkpoints:
         checkpoints.rewind()  # nothing is there yet

@@ -46,7 +46,7 @@ def test_a_device_that_is_out_of_memory():
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         jnp.zeros((1 << 50,)).block_until_ready()
     exit_code, message = ending(caught.value)
-    assert exit_code == 1 and 'the device is out of memory; set a smaller --config.batch_size' in message
+    assert exit_code == 1 and 'the device is out of memory; set a larger --config.accumulate_steps' in message
     assert ending(RuntimeError('a bug')) is None
 
 

@@ -70,6 +70,35 @@ def test_eigen_computes_and_freed_memory_is_kept(num_devices):
     assert int(faults) < 100  # of the 16,384 pages of the result
 
 
+PRODUCTS_UNDER_SIGNALS = """
+import signal
+
+import jax
+import numpy as np
+
+from flax_dlvc.setup import prepare_backend
+
+prepare_backend(1)
+matrix = jax.random.normal(jax.random.key(0), (512, 512))
+multiply = jax.jit(jax.numpy.dot)
+expected = np.asarray(multiply(matrix, matrix))
+signals = []
+signal.signal(signal.SIGALRM, lambda number, frame: signals.append(number))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+while len(signals) < 1000:
+    np.testing.assert_array_equal(multiply(matrix, matrix), expected)
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+def test_signals_leave_the_heap_whole():
+    """In a process of its own, which without a stack for signals glibc ends after a few of them."""
+    process = subprocess.run(
+        [sys.executable, '-c', PRODUCTS_UNDER_SIGNALS], capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stderr) == (0, '')
+
+
 @pytest.mark.parametrize(('environment', 'kept'), [({}, 1), ({'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '9'}, 0)])
 def test_every_compiled_program_is_kept_unless_the_user_has_chosen(tmp_path, monkeypatch, environment, kept):
     """In a process of its own, as this one has a directory."""
