@@ -17,20 +17,22 @@ from benchmarks.scaling import markdown_table
 
 def machine() -> dict[str, str]:
     """What the figures were taken on, and when."""
-    names = [
-        line.split(':')[1].strip() for line in _read('/proc/cpuinfo').splitlines() if line.startswith('model name')
-    ]
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'torch')
     versions = [f'{name} {importlib.metadata.version(name)}' for name in packages if importlib.util.find_spec(name)]
     return {
         'date': datetime.now(UTC).date().isoformat(),
-        'processor': f'{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores',
+        'processor': f'{_processor()}, {len(os.sched_getaffinity(0))} cores',
         'versions': ', '.join([f'Python {platform.python_version()}', *versions]),
     }
 
 
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ''
+def _processor() -> str:
+    """The name of the first processor, with its family and model, as virtual machines give several kinds one name."""
+    path = Path('/proc/cpuinfo')
+    first = path.read_text().partition('\n\n')[0] if path.exists() else ''
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in first.splitlines())}
+    name = fields.get('model name', platform.machine())
+    return f'{name} (family {fields["cpu family"]}, model {fields["model"]})' if 'cpu family' in fields else name
 
 
 class Results:

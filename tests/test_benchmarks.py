@@ -46,6 +46,15 @@ def test_command_measures_and_keeps_what_was_measured_before(tmp_path):
     assert 'torch is not installed' in printed
 
 
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    first = 'processor\t: 0\ncpu family\t: {}\nmodel\t\t: 2\nmodel name\t: AMD EPYC'
+    kinds = []
+    for family in (25, 26):
+        monkeypatch.setattr(Path, 'read_text', lambda _, family=family: f'{first.format(family)}\n\nprocessor\t: 1\n')
+        kinds.append(results._processor())
+    assert kinds == ['AMD EPYC (family 25, model 2)', 'AMD EPYC (family 26, model 2)']
+
+
 def test_command_measures_what_is_lost_around_the_step(tmp_path):
     parts = ('startup', 'overhead', 'saving')
     figures, page, _ = measure(tmp_path, *parts)

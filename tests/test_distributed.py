@@ -183,6 +183,15 @@ def test_stopped_by_signals_and_killed_the_run_goes_on_to_the_same_bits(tmp_path
     check_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
+def test_processes_rewind_and_give_up_together(tmp_path, start_processes, sgd):
+    diverging = ('--config.learning_rate=1e38', '--config.on_divergence=rewind', '--config.max_rewinds=1')
+    codes, outputs, errors = finish(start_processes(2, 1, *sgd, *diverging, '--workdir', tmp_path / 'run'))
+    assert codes == [3, 3], errors
+    assert outputs[0].count('rewind 1 of at most 1: the training loss is nan at step') == 1
+    assert all('go on with more --config.max_rewinds' in error and error.count('\n') == 1 for error in errors)
+    assert rundir.read_failure(tmp_path / 'run')[1] == 3
+
+
 def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_processes, flags):
     flags = [*flags, '--workdir', tmp_path / 'run']
     (tmp_path / 'run').mkdir()
