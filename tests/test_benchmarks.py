@@ -79,7 +79,11 @@ def test_readme_states_the_committed_figures():
         return [re.search(rf'\n\| {model}{figure}', table)[1] for model in scaling.MODELS]
 
     for title, phase in (('**Training step**', 'training step'), ('**Evaluation step**', 'evaluation step')):
-        for processor, name in (('AMD EPYC', 'AMD EPYC'), ('Intel Xeon', r'Intel\(R\) Xeon\(R\) Processor')):
+        for processor, name in (
+            ('AMD EPYC of family 26', r'AMD EPYC \(family 26, model 2\)'),
+            ('another AMD EPYC', 'AMD EPYC'),
+            ('Intel Xeon', r'Intel\(R\) Xeon\(R\) Processor'),
+        ):
             figures = medians(title, rf', batch 128, float32, {name}, 2 cores \|.*\*\*([\d.]+)\*\*')
             assert f'| {phase}, {processor} | {" | ".join(figures)} |' in readme
     loop = medians('## Around the step', r' \| [\d,]+ \| [\d.]+ / \*\*([\d.]+)')
