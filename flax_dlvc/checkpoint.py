@@ -357,11 +357,9 @@ class Checkpoints:
 
     def _check_there(self) -> None:
         """Orbax makes a directory anew that somebody has removed, and a save under way may have done so."""
-        try:
+        with contextlib.suppress(OSError):
             if os.path.samestat(self.directory.stat(), os.fstat(self._opened)):
                 return
-        except OSError:
-            pass
         raise self._storage_error(FileNotFoundError('it is gone'))
 
     def _storage_error(self, error: Exception) -> StorageError:
