@@ -1,6 +1,7 @@
 """How a command begins and ends: its signals, and the errors that end it in one line, with their exit codes."""
 
 import argparse
+import atexit
 import errno
 import gc
 import io
@@ -57,6 +58,14 @@ class StoppedError(CommandError):
         self.exit_code = 128 + signal_number  # the shell's convention
 
 
+class Interrupt(KeyboardInterrupt):
+    """A signal asked a command to stop that has nothing to save.
+
+    No mere KeyboardInterrupt: once one leaves a string that was `exec`ed, as imports do all the time, Python ends its
+    process by SIGINT, whatever becomes of the error.
+    """
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but flags are not abbreviated, and its complaints are a `ConfigError` of one line."""
 
@@ -103,10 +112,11 @@ def unwritable(path: Path, error: OSError, advice: str) -> CommandError:
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr.
 
-    SIGTERM and SIGINT become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
+    SIGTERM and SIGINT become an `Interrupt` with the signal's number, where `main` does not handle them itself,
     and then one line too; a second signal ends the process at once.
     """
     gc.set_threshold(GARBAGE_THRESHOLD)
+    atexit.register(gc.freeze)  # else Python searches all that is left for garbage, half a second, and then ends anyway
     _make_output_take_everything()
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
@@ -166,7 +176,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
     del frame
     _let_signals_end_the_process()
-    raise KeyboardInterrupt(signal_number)
+    raise Interrupt(signal_number)
 
 
 def _make_output_take_everything() -> None:

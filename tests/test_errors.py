@@ -68,6 +68,24 @@ def test_a_command_searches_for_garbage_seldom_but_does():
     assert searches == [0, 1]
 
 
+def test_a_signal_within_executed_text_ends_a_command_like_any_other_and_nothing_is_searched_then(tmp_path):
+    """Imports execute text: the methods of data classes."""
+    (tmp_path / 'a_command.py').write_text("""
+import atexit, gc, signal
+from flax_dlvc.errors import run_command
+atexit.register(lambda: print(gc.get_freeze_count() > 0))
+run_command(lambda _: exec('signal.raise_signal(signal.SIGTERM)'))
+""")
+    done = subprocess.run(
+        [sys.executable, '-m', 'a_command'],
+        env=os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}'},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (143, 'stopped by SIGTERM\n', 'True\n')
+
+
 @pytest.mark.parametrize(('number', 'kind'), [(errno.ENOSPC, StorageError), (errno.EACCES, ConfigError)])
 def test_the_disk_is_to_blame_or_the_name(number, kind):
     error = unwritable(Path('a'), OSError(number, 'why', 'temporary'), 'choose another --out')
