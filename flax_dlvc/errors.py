@@ -58,14 +58,6 @@ class StoppedError(CommandError):
         self.exit_code = 128 + signal_number  # the shell's convention
 
 
-class Interrupt(KeyboardInterrupt):
-    """A signal asked a command to stop that has nothing to save.
-
-    No mere KeyboardInterrupt: once one leaves a string that was `exec`ed, as imports do all the time, Python ends its
-    process by SIGINT, whatever becomes of the error.
-    """
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but flags are not abbreviated, and its complaints are a `ConfigError` of one line."""
 
@@ -112,8 +104,8 @@ def unwritable(path: Path, error: OSError, advice: str) -> CommandError:
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr.
 
-    SIGTERM and SIGINT become an `Interrupt` with the signal's number, where `main` does not handle them itself,
-    and then one line too; a second signal ends the process at once.
+    SIGTERM and SIGINT become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
+    and then one line too, and within an import that line and the end; a second signal ends the process at once.
     """
     gc.set_threshold(GARBAGE_THRESHOLD)
     atexit.register(gc.freeze)  # else Python searches all that is left for garbage, half a second, and then ends anyway
@@ -143,8 +135,7 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, CommandError):
         return error.exit_code, ' '.join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        stop = signal.Signals(*error.args or (signal.SIGINT,))
-        return 128 + stop, f'stopped by {stop.name}'
+        return _stopped(*error.args or (signal.SIGINT,))
     if isinstance(error, BrokenPipeError):  # as with `| head`
         return 128 + signal.SIGPIPE, 'the reader of the output has left'
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -156,6 +147,11 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             '--config.evaluation_batch_size, or, in another --workdir, a smaller --config.batch_size'
         )
     return None
+
+
+def _stopped(signal_number: int) -> tuple[int, str]:
+    """The exit code, as the shell has it, and the line of a command that a signal stopped."""
+    return 128 + signal_number, f'stopped by {signal.Signals(signal_number).name}'
 
 
 def add_step_argument(parser: argparse.ArgumentParser) -> None:
@@ -174,9 +170,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    del frame
     _let_signals_end_the_process()
-    raise Interrupt(signal_number)
+    if _is_importing(frame):  # an error there might end the process by SIGABRT, in C++, or by SIGINT, out of an `exec`
+        exit_code, message = _stopped(signal_number)
+        print(message, file=sys.stderr, flush=True)
+        os._exit(exit_code)
+    raise KeyboardInterrupt(signal_number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where a frame is."""
+    while frame and not frame.f_code.co_filename.startswith('<frozen importlib'):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _make_output_take_everything() -> None:
