@@ -173,7 +173,8 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
     _let_signals_end_the_process()
     if _is_importing(frame):  # an error there might end the process by SIGABRT, in C++, or by SIGINT, out of an `exec`
         exit_code, message = _stopped(signal_number)
-        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        _complain(message)
         os._exit(exit_code)
     raise KeyboardInterrupt(signal_number)
 

@@ -88,15 +88,15 @@ try:
 finally:
     print('an error')
 """)
-    script = "from flax_dlvc.errors import run_command; run_command(lambda _: __import__('a_module'))"
+    script = "from flax_dlvc.errors import run_command; run_command(lambda _: [print('said'), __import__('a_module')])"
     done = subprocess.run(
         [sys.executable, '-c', script],
-        env=os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}'},
+        env=os.environ | {'PYTHONPATH': f'{tmp_path}:{ROOT}', 'PYTHONUNBUFFERED': ''},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr, done.stdout) == (143, 'stopped by SIGTERM\n', '')
+    assert (done.returncode, done.stderr, done.stdout) == (143, 'stopped by SIGTERM\n', 'said\n')
 
 
 @pytest.mark.parametrize(('number', 'kind'), [(errno.ENOSPC, StorageError), (errno.EACCES, ConfigError)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from conftest import ROOT
 
-EPOCHS = 150  # longer than `runtime.TRIM_INTERVAL`, on a fast machine, too
+EPOCHS = 200  # longer than `runtime.TRIM_INTERVAL`, on a fast machine, too
 SETTLED = 10  # epochs
 
 
