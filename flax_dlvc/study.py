@@ -215,7 +215,7 @@ def dry_run(grid: Sequence[Planned]) -> None:
             begin = ready - start  # compiling, which the runs of a cell share
             seconds = begin + per_step * _steps_of_a_run(setup) * len(left)
             total += seconds
-            note = f', {begin:.1f} s to begin, {1000 * per_step:.0f} ms a step, about {describe_time(seconds)}'
+            note = f', {begin:.1f} s to begin, {1000 * per_step:.1f} ms a step, about {describe_time(seconds)}'
         print(f'{cell}: {plural(len(runs), "seed")}, {len(runs) - len(left)} finished{note}', flush=True)
         print(f'  python {shlex.join(runs[0].command)}')
     print(f'{plural(len(grid), "run")}; about {describe_time(total)} one after the other, less where they stop early')

@@ -7,7 +7,8 @@ def plural(number: int, noun: str) -> str:
 
 
 def describe_time(seconds: float) -> str:
-    """About how long something takes, in the unit that fits: '40 seconds', '2 minutes', '1.6 hours'."""
-    if seconds < 90:
+    """About how long something takes, to two digits, in the unit that fits: '40 seconds', '1.6 minutes', '12 hours'."""
+    if round(seconds) < 90:
         return plural(round(seconds), 'second')
-    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
+    number, unit = (seconds / 60, 'minutes') if seconds < 5400 else (seconds / 3600, 'hours')
+    return f'{number:.2g} {unit}' if number < 99.5 else f'{number:,.0f} {unit}'

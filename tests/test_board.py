@@ -58,7 +58,7 @@ def test_an_epoch_takes_what_the_clock_says(tmp_path, monkeypatch):
     first.state = 'finished'
     now = 30.0
     board.end(first, '')  # 5 seconds each, all in all
-    assert board.time_left() == 'at most about 2 minutes left'
+    assert board.time_left() == 'at most about 2.5 minutes left'
     assert first.seconds_per_epoch == 5
     board.start(third)
     now = 40.0

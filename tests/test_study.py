@@ -129,7 +129,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_time(whole_study, small_run_flag
     shown = capsys.readouterr().out
     assert not (tmp_path / 'study').exists()
     assert 'cnn: 2 seeds, 0 finished' in shown
-    milliseconds = float(re.search(r'(\d+) ms a step', shown)[1])
+    milliseconds = float(re.search(r'([\d.]+) ms a step', shown)[1])
     speed = rundir.read_history(serial / 'cnn' / 'seed_1')[-1]['images_per_second']
     assert 0.1 < milliseconds / (1000 * 64 / speed) < 10
     begin = float(re.search(r'([\d.]+) s to begin', shown)[1])

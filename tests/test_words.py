@@ -16,9 +16,12 @@ def test_plural(number, words):
         (0.4, '0 seconds'),
         (1.2, '1 second'),
         (89, '89 seconds'),
-        (95, '2 minutes'),
+        (89.8, '1.5 minutes'),
+        (120, '2 minutes'),
         (5000, '83 minutes'),
         (9000, '2.5 hours'),
+        (99.6 * 3600, '100 hours'),
+        (5e6, '1,389 hours'),
     ],
 )
 def test_time(seconds, words):
