@@ -139,6 +139,7 @@ run_processes() {
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     trap 'asked=TERM' TERM
     trap 'asked=INT' INT
+    trap 'asked=HUP' HUP
     set -m
     for ((number = 0; number < count; number++)); do
         (

@@ -19,7 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flax_dlvc.errors import STOP_SIGNALS, ConfigError, PeerError, StoppedError, ending, first_line, is_out_of_memory
+from flax_dlvc.errors import (
+    ConfigError,
+    PeerError,
+    StoppedError,
+    ending,
+    first_line,
+    is_out_of_memory,
+    set_stop_signals,
+)
 
 SIGN_OF_LIFE = 1.0  # seconds between a process's signs of life
 LOST_AFTER = 20.0  # seconds without one after which a process counts as gone
@@ -132,7 +140,7 @@ def _join() -> None:
     timer.daemon = True
     timer.start()
     # JAX waits where Python's handlers do not run; nothing is there yet that would have to be saved.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    handlers = set_stop_signals(signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             address,

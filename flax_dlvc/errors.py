@@ -8,12 +8,13 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal is closed
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 # New objects after which Python looks for cycles. At its 700 to 2,000 it searches what imports and tracing leave behind
 # over and over: a tenth of a short run.
@@ -104,18 +105,17 @@ def unwritable(path: Path, error: OSError, advice: str) -> CommandError:
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command's `main` on the process's arguments and exits; a `CommandError` becomes one line on stderr.
 
-    SIGTERM and SIGINT become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
+    Stop signals become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
     and then one line too, and within an import that line and the end; a second signal ends the process at once.
     """
     gc.set_threshold(GARBAGE_THRESHOLD)
     atexit.register(gc.freeze)  # else Python searches all that is left for garbage, half a second, and then ends anyway
     _make_output_take_everything()
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
+    set_stop_signals(_interrupt)
     try:
         main(sys.argv)
         sys.stdout.flush()
-        _let_signals_end_the_process()
+        set_stop_signals(signal.SIG_DFL)
         sys.exit(0)
     except (CommandError, KeyboardInterrupt, OSError, RuntimeError) as error:
         end = ending(error)
@@ -123,7 +123,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
             raise
         exit_code, message = end
         if isinstance(error, OSError):
-            _give_up_output()
+            _give_up(sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             label = 'error: ' if not isinstance(error, KeyboardInterrupt | StoppedError) else ''
             _complain(f'{label}{message}')
@@ -154,6 +154,38 @@ def _stopped(signal_number: int) -> tuple[int, str]:
     return 128 + signal_number, f'stopped by {signal.Signals(signal_number).name}'
 
 
+def set_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
+    """Sets the handler of all `STOP_SIGNALS`, but where `nohup` has SIGHUP ignored; returns those before."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, current in before.items():
+        if (number, current) != (signal.SIGHUP, signal.SIG_IGN):
+            signal.signal(number, handler)
+    return before
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within, a stop signal does no more than add its number to the yielded list; a second one ends the process.
+
+    One that is still in the list at the end is raised again, for whoever handles it there.
+    """
+    noted: list[int] = []
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        del frame
+        _let_signals_end_the_process(signal_number)
+        noted.append(signal_number)
+
+    before = set_stop_signals(note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for unnoticed in noted:
+            signal.raise_signal(unnoticed)
+
+
 def add_step_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--step`, which names one of a run's checkpoints."""
     parser.add_argument('--step', default='best', help="'best', 'latest' or a number of training steps")
@@ -170,7 +202,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    _let_signals_end_the_process()
+    _let_signals_end_the_process(signal_number)
     if _is_importing(frame):  # an error there might end the process by SIGABRT, in C++, or by SIGINT, out of an `exec`
         exit_code, message = _stopped(signal_number)
         sys.stdout.flush()
@@ -196,17 +228,24 @@ def _make_output_take_everything() -> None:
             stream.reconfigure(errors='backslashreplace')
 
 
-def _let_signals_end_the_process() -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+def _let_signals_end_the_process(first: int) -> None:
+    """A second signal ends the process, but SIGHUP, which comes from shell and kernel when a terminal is closed."""
+    set_stop_signals(signal.SIG_DFL)
+    if first == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for descriptor in (1, 2):  # stdout and stderr
+            try:
+                os.write(descriptor, b'')
+            except OSError:
+                _give_up(descriptor)
 
 
 def _complain(message: str) -> None:
     """Prints an error's line; from here on nothing is worth waiting for."""
-    _let_signals_end_the_process()
+    set_stop_signals(signal.SIG_DFL)
     print(message, file=sys.stderr)
 
 
-def _give_up_output() -> None:
-    """Lets what could not be printed vanish; Python would try, and complain, again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _give_up(descriptor: int) -> None:
+    """Lets what cannot be printed vanish; Python would try, and complain, again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

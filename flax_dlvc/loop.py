@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from configs import default
 from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
 from flax_dlvc.config import differing_fields, without_effect
-from flax_dlvc.errors import STOP_SIGNALS, ConfigError, DivergedError, StoppedError
+from flax_dlvc.errors import ConfigError, DivergedError, StoppedError, noted_signals
 from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
 from flax_dlvc.profiling import timed, training_call
@@ -55,7 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ConfigError: the dataset, the devices or the directory do not fit the config.
         DivergedError: a loss is not finite.
         PeerError: the run has several processes, and one of them is missing.
-        StoppedError: SIGTERM or SIGINT arrived; the state is saved.
+        StoppedError: SIGTERM, SIGINT or SIGHUP arrived; the state is saved.
     """
     result = rundir.check(workdir, config)
     if result is None:
@@ -431,30 +430,17 @@ class StopRequested(Exception):  # noqa: N818, no error
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], None]]:
-    """Within, SIGTERM and SIGINT make the yielded function raise `StopRequested`; a second one ends the process.
+    """Within, a stop signal makes the yielded function raise `StopRequested`; a second one ends the process.
 
     With several processes it raises in all of them, on the same call, when one has received a signal. A signal that
-    came after the last call of that function is raised again at the end, for whoever handles it there.
+    came after the last call of that function is raised again at the end.
     """
-    received: list[int] = []
     agree = distributed.Agreement('stop')
-
-    def handle(signal_number: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(signal_number)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
 
     def check_stop() -> None:
         if signal_number := agree(received[0] if received else 0):
             received.clear()
             raise StopRequested(signal_number)
 
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
+    with noted_signals() as received:
         yield check_stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for unnoticed in received:
-            signal.raise_signal(unnoticed)

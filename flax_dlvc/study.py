@@ -32,6 +32,7 @@ from flax_dlvc.errors import (
     StorageError,
     existing_directory,
     named_path,
+    noted_signals,
     run_command,
 )
 from flax_dlvc.grid import Planned, plan
@@ -52,7 +53,7 @@ def carry_out(grid: list[Planned], parallel_runs: int) -> None:
 
     Raises:
         ConfigError: a directory holds another run than the grid's, or the devices do not suffice; nothing is started.
-        StoppedError: SIGTERM or SIGINT within a run, which is saved; between two, `run_command` sees to them.
+        StoppedError: a signal within a run, which is saved; between two, `run_command` sees to it.
     """
     board = Board(grid, parallel_runs)
     finished = [planned for planned in grid if rundir.check(planned.directory, planned.config) is not None]
@@ -139,11 +140,11 @@ def _in_processes(waiting: Sequence[Planned], board: Board, slots: Sequence[dict
     """
     queue = sorted(waiting, key=lambda planned: planned.config.seed)
     active: dict[int, tuple[Planned, subprocess.Popen[bytes]]] = {}
-    with tempfile.TemporaryDirectory() as complaints:
+    with tempfile.TemporaryDirectory() as complaints, noted_signals() as noted:
         try:
-            while queue or active:
+            while (queue or active) and not noted:
                 for slot, own in enumerate(slots):
-                    if slot not in active and queue:
+                    if slot not in active and queue and not noted:
                         planned = queue.pop(0)
                         board.start(planned)
                         active[slot] = planned, _start(planned, own, Path(complaints, str(slot)))

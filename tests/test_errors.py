@@ -12,11 +12,13 @@ import pytest
 from conftest import ROOT
 
 from flax_dlvc.errors import (
+    STOP_SIGNALS,
     ConfigError,
     StoppedError,
     StorageError,
     ending,
     existing_directory,
+    noted_signals,
     run_command,
     unwritable,
 )
@@ -97,6 +99,45 @@ finally:
         check=False,
     )
     assert (done.returncode, done.stderr, done.stdout) == (143, 'stopped by SIGTERM\n', 'said\n')
+
+
+@pytest.fixture
+def hangup():
+    """SIGHUP as it is without nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_are_noted_and_one_that_nobody_took_note_of_comes_again(hangup):
+    del hangup
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with noted_signals() as noted:
+        signal.raise_signal(signal.SIGTERM)
+        assert noted == [signal.SIGTERM]
+        assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_DFL}
+        noted.clear()
+    with noted_signals() as noted:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # of the kernel, besides the shell's
+        assert noted == [signal.SIGHUP]
+        noted.clear()
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    came = []
+    signal.signal(signal.SIGHUP, lambda number, _: came.append(number))
+    with noted_signals():
+        signal.raise_signal(signal.SIGHUP)
+        assert not came
+    assert came == [signal.SIGHUP]
+
+
+def test_nohup_has_its_way(hangup):
+    del hangup
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with noted_signals() as noted:
+        signal.raise_signal(signal.SIGHUP)
+        assert not noted
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize(('number', 'kind'), [(errno.ENOSPC, StorageError), (errno.EACCES, ConfigError)])

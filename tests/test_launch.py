@@ -232,7 +232,7 @@ import os, pathlib, signal, sys, time
 if 'flax' not in ' '.join(sys.argv):
     sys.exit(print(23456))
 log = pathlib.Path('{installed}') / ('log' + os.environ['PROCESS_ID'])
-for each in (signal.SIGTERM, signal.SIGINT):
+for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(each, lambda number, _: log.open('a').write(f'{{number}};'))
 log.write_text('ready;')
 end = time.monotonic() + 60
@@ -255,15 +255,15 @@ sys.exit(128 + int(log.read_text().split(';')[1]))
 TWO_PROCESSES = ('launch.sh', '--processes', '2', 'configs/cnn.py')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_each_process_once(installed, listening, number):
     logs, wait = listening
     process = subprocess.Popen(
         TWO_PROCESSES,
         executable=installed / 'launch.sh',
         env=os.environ | {'PYTHON': make_venv_that_installs(installed)},
-        # A shell that was started with SIGINT ignored, as in the background, cannot trap it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell that was started with a signal ignored, as in the background or by nohup, cannot trap it.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     wait()
     process.send_signal(number)

@@ -1,6 +1,8 @@
 """The command line, in real processes: what users type, how it ends, what it leaves behind."""
 
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -83,6 +85,25 @@ def test_a_run_that_is_interrupted_three_times_goes_on_to_the_same_bits(
 
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
+    check_same_run(tmp_path / 'run', whole_run[0])
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(whole_run, tmp_path, command, small_run_flags):
+    arguments = ['main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags]
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have these tests ignore it
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, '-m', f'flax_dlvc.{arguments[0]}', *map(str, arguments[1:])])
+    shown = b''
+    while b'epoch   1/' not in shown:
+        shown += os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    assert not (tmp_path / 'run' / 'result.json').exists()
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert 'going on after step' in done.stdout
     check_same_run(tmp_path / 'run', whole_run[0])
 
 

@@ -274,6 +274,34 @@ def test_ctrl_c_in_a_terminal_saves_parallel_runs(tmp_path, small_run_flags):
     assert not any((run / 'result.json').exists() for run in runs)
 
 
+def test_a_signal_while_a_run_is_started_leaves_no_run_behind(tmp_path, small_run_flags):
+    """The study has not heard of its process yet."""
+    script = """
+import os, signal
+from flax_dlvc import errors, study
+start = study._start
+def start_and_stop(*arguments):
+    process = start(*arguments)
+    print(process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return process
+study._start = start_and_stop
+errors.run_command(study.main)
+"""
+    flags = ['--models', 'cnn', '--regularizations', 'none', '--seeds', '2', '--parallel-runs', '2', *small_run_flags]
+    done = subprocess.run(
+        [sys.executable, '-c', script, '--workdir', tmp_path, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (143, 'stopped by SIGTERM\n')
+    (started,) = map(int, done.stdout.split('\n')[0].split())
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)
+
+
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, small_run_flags, capsys):
     vary = ['--vary', 'learning_rate=1e30,0.001', '--config.optimizer.name=sgd', '--config.num_epochs=1']
     arguments = ['study', '--workdir', str(tmp_path), '--models', 'cnn', '--regularizations', 'none', '--seeds', '1']
