@@ -88,6 +88,15 @@ def test_a_run_that_is_interrupted_three_times_goes_on_to_the_same_bits(
     check_same_run(tmp_path / 'run', whole_run[0])
 
 
+def test_double_precision_that_the_environment_asks_for_changes_nothing(
+    whole_run, tmp_path, command, small_run_flags, monkeypatch
+):
+    monkeypatch.setenv('JAX_ENABLE_X64', '1')
+    done = command('main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags)
+    assert done.returncode == 0, done.stderr
+    check_same_run(tmp_path / 'run', whole_run[0])
+
+
 def test_a_run_whose_terminal_is_closed_is_saved(whole_run, tmp_path, command, small_run_flags):
     arguments = ['main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags]
     child, terminal = pty.fork()
