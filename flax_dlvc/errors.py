@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,7 +156,12 @@ def _stopped(signal_number: int) -> tuple[int, str]:
 
 
 def set_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
-    """Sets the handler of all `STOP_SIGNALS`, but where `nohup` has SIGHUP ignored; returns those before."""
+    """Sets the handler of all `STOP_SIGNALS`, but where `nohup` has SIGHUP ignored; returns those before.
+
+    Python gives signals to its main thread alone: in another one, of a program that runs this package, none is set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, current in before.items():
         if (number, current) != (signal.SIGHUP, signal.SIG_IGN):

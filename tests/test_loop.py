@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -467,6 +468,14 @@ def test_where_a_run_rewinds_to_does_not_depend_on_how_often_it_saves(small_conf
             if value.tag == 'train/loss':
                 logged.setdefault(event.step, []).append(value.simple_value)
     assert logged == {record['epoch']: [pytest.approx(record['train_loss'])] for record in histories[1]}
+
+
+def test_a_run_in_a_thread_of_another_program(finished_run, tmp_path):
+    """Where Python lets nobody handle signals."""
+    config, workdir, _ = finished_run
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(loop.run, config, tmp_path / 'run').result()
+    check_same_run(tmp_path / 'run', workdir)
 
 
 def test_a_signal_is_obeyed_where_the_state_cannot_be_saved(small_config, tmp_path, monkeypatch):
