@@ -222,8 +222,10 @@ def _overhead(cases: dict[str, Any]) -> list[str]:
     return [
         'Loop: images/s of `flax_dlvc.main`, validation, saving and logging included, over those of the same training',
         'and evaluation steps bare. Evaluation: images/s of `flax_dlvc.evaluate` over those of the bare forward pass',
-        'on batches that lie ready. What limits the loop is what every epoch costs, however short: the save beside its',
-        'first steps, and on a CPU memory that is given back to the kernel and touched again.',
+        'on batches that lie ready. The loop has one turn, a bare pass beside each of its epochs, and the ratios are',
+        'those of all pairs: a few per cent would not be told from noise. What limits it is what every epoch costs,',
+        'however short: the save beside its first steps, and on a CPU memory that is given back to the kernel and',
+        'touched again.',
         '',
         *markdown_table(head, rows),
     ]

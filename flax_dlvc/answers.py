@@ -49,7 +49,7 @@ def verdict(left: Cell, right: Cell) -> str:
     difference = results.difference_of_means(a, b)
     shown = f'{tables.signed(difference, 100)} points of accuracy (seeds: {len(a)} against {len(b)})'
     if difference.interval is None:
-        return f'{shown}: {NOT_ENOUGH}, an interval needs two seeds of each'
+        return f'{shown}: {NOT_ENOUGH}, an interval needs two seeds of each that differ'
     if not difference.is_clear:
         return f'{shown}: no clear difference, the interval contains zero'
     return f'{shown}: {"better" if difference.value > 0 else "worse"}'

@@ -66,7 +66,8 @@ def augment_batch(
     """
     batch = images.astype(jnp.float32) / 255
     if mirror_period:
-        batch = alternating_mirror(key, batch, indices, step // mirror_period)
+        mirror_key = jax.random.fold_in(key, jnp.iinfo(jnp.uint32).max)  # none that a step has
+        batch = alternating_mirror(mirror_key, batch, indices, step // mirror_period)
     step_key = jax.random.fold_in(key, step)
     example_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, indices)
     batch = jax.vmap(augmentation)(example_keys, batch)

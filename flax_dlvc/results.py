@@ -55,7 +55,7 @@ TECHNIQUES = {  # the fields in which a row with one of them differs from a row 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A difference of means and its 95 % confidence interval, None where there are too few runs to have one."""
+    """A difference of means and its 95 % confidence interval, None where too few runs differ to have one."""
 
     value: float
     interval: tuple[float, float] | None
@@ -89,9 +89,11 @@ def difference_of_means(left: Sequence[float], right: Sequence[float]) -> Differ
     return Difference(value, _interval(value, a + b, degrees))
 
 
-def _interval(value: float, squared_error: float, degrees: float) -> tuple[float, float]:
+def _interval(value: float, squared_error: float, degrees: float) -> tuple[float, float] | None:
     from scipy.special import stdtrit
 
+    if squared_error == 0:  # equal runs, which accuracies on few images may be by chance, say nothing of their spread
+        return None
     margin = float(stdtrit(degrees, 0.975)) * math.sqrt(squared_error)
     return value - margin, value + margin
 

@@ -1,6 +1,7 @@
 """What a config stands for: its dataset, model, optimiser, devices and compiled steps, built once per run."""
 
 import dataclasses
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
 from flax_dlvc.augment import make_batch_augmentation
+from flax_dlvc.config import BATCH_NORM_MODELS
 from flax_dlvc.errors import ConfigError, first_line
 from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
@@ -81,6 +83,12 @@ class Setup:
             batch_norm_axis=steps.AXIS if self.config.synchronize_batch_norm else None,
             **self.config.model,
         )
+
+    def smallest_map(self) -> int:
+        """Pixels of the smallest map that the model hands to `layers.expose`."""
+        image = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), np.float32)
+        variables = jax.eval_shape(partial(self.model.init, train=False, mutable=True), jax.random.key(0), image)
+        return min(math.prod(found.shape[1:3]) for found in jax.tree.leaves(variables['intermediates']))
 
     @cached_property
     def schedule(self) -> optax.Schedule:
@@ -276,6 +284,13 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
             '--config.batch_size or a smaller --config.accumulate_steps'
         )
     setup = Setup(config, dataset, devices)
+    if config.model.name in BATCH_NORM_MODELS:
+        images = part * len(devices) if config.synchronize_batch_norm else part
+        if images == 1 and setup.smallest_map() == 1:
+            raise ConfigError(
+                'batch norm has one value of a channel at a time, which it turns into zero; set a larger '
+                '--config.batch_size, a smaller --config.accumulate_steps or --config.synchronize_batch_norm'
+            )
     for field, epochs in (
         ('num_epochs', config.num_epochs),
         ('optimizer.whitening_bias_epochs', config.optimizer.whitening_bias_epochs),

@@ -261,6 +261,16 @@ def test_what_mixes_a_batch_has_a_key_of_its_step_and_part_that_no_example_has()
     assert len(np.unique([shares[0], *others])) == 3
 
 
+def test_the_mirror_has_a_key_that_no_step_has():
+    config = make_config(False, False)
+    config.alternating_mirror = True
+    images = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), np.uint8)
+    arguments = jax.random.key(0), images, np.arange(64)
+    seen = np.asarray(make_batch_augmentation(config, MEAN, 1)(*arguments, jnp.int32(0))[0])
+    by_the_steps_key = np.asarray(alternating_mirror(*arguments, jnp.int32(0))) / np.float32(255)
+    assert 16 < np.sum((seen != by_the_steps_key).any(axis=(1, 2, 3))) < 48
+
+
 def test_the_mirror_alternates_with_the_first_step_of_an_epoch():
     config = make_config(False, False)
     config.alternating_mirror = True

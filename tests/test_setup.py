@@ -1,5 +1,6 @@
 """What a config and a dataset become: models that fit the images; one compilation for all seeds and learning rates."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -134,6 +135,25 @@ def test_each_epoch_has_an_order_of_its_own(small_config):
     first, second = (np.concatenate(setup.training_calls(epoch), axis=1).reshape(-1) for epoch in (1, 2))
     assert len(first) == len(second) == 4 * 64 and not np.array_equal(first, second)
     np.testing.assert_array_equal(setup.training_calls(2, 3)[0].reshape(-1), second[3 * 64 :])
+
+
+@pytest.mark.parametrize(
+    ('changes', 'is_refused'),
+    [
+        ({'batch_size': 1}, True),
+        ({'accumulate_steps': 64}, True),
+        ({'accumulate_steps': 32}, False),
+        ({'batch_size': 2, 'num_devices': 2}, True),
+        ({'batch_size': 2, 'num_devices': 2, 'synchronize_batch_norm': True}, False),
+        ({'batch_size': 1, 'model.stem': 'cifar'}, False),  # its smallest map has 16 pixels
+        ({'batch_size': 1, 'model.name': 'cnn'}, False),
+    ],
+)
+def test_batch_norm_of_a_single_value_is_refused(small_config, changes, is_refused):
+    """Less its mean it is zero: such a ResNet18 learns its last bias, and nothing says so."""
+    small_config.update_from_flattened_dict({'model.name': 'resnet18'} | changes)
+    with pytest.raises(ConfigError, match='one value of a channel') if is_refused else contextlib.nullcontext():
+        set_up(small_config)
 
 
 def test_a_model_that_begins_from_data_sees_all_images_of_a_small_dataset(small_config):

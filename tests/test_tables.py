@@ -117,7 +117,9 @@ def test_differences_of_means_are_welchs():
     difference = results.difference_of_means(left, right)
     assert difference.interval == pytest.approx(tuple(expected), rel=1e-9)
     assert results.difference_of_means(left, [0.6]).interval is None
-    assert results.difference_of_means([0.5, 0.5], [0.25, 0.25]).interval == (0.25, 0.25)
+    assert results.difference_of_means([0.5, 0.5], [0.25, 0.25]) == results.Difference(0.25, None)
+    assert results.difference_to_constant([0.5, 0.5], 0.25) == results.Difference(0.25, None)
+    assert results.difference_of_means([0.5, 0.5], [0.25, 0.3]).interval is not None
 
 
 def test_the_reports_figures_stand_beside_ours(finished_study):
