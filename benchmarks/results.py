@@ -29,7 +29,7 @@ def machine() -> dict[str, str]:
 def _processor() -> str:
     """The name of the first processor, with its family and model, as virtual machines give several kinds one name."""
     path = Path('/proc/cpuinfo')
-    first = path.read_text().partition('\n\n')[0] if path.exists() else ''
+    first = path.read_text('utf-8').partition('\n\n')[0] if path.exists() else ''
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in first.splitlines())}
     name = fields.get('model name', platform.machine())
     return f'{name} (family {fields["cpu family"]}, model {fields["model"]})' if 'cpu family' in fields else name
@@ -41,15 +41,15 @@ class Results:
     def __init__(self, directory: Path):
         self._directory = directory
         path = directory / 'benchmarks.json'
-        self._results = json.loads(path.read_text()) if path.exists() else {}
+        self._results = json.loads(path.read_text('utf-8')) if path.exists() else {}
 
     def keep(self, part: str, name: str, value: Any) -> None:
         """Writes both files, with the figures of one more case."""
         self._results.setdefault(part, {})[name] = {'machine': machine(), 'value': value}
         page = render(self._results)  # before anything is replaced: what cannot be rendered is not kept
         self._directory.mkdir(parents=True, exist_ok=True)
-        (self._directory / 'benchmarks.json').write_text(json.dumps(self._results, indent=1) + '\n')
-        (self._directory / 'benchmarks.md').write_text(page)
+        (self._directory / 'benchmarks.json').write_text(json.dumps(self._results, indent=1) + '\n', 'utf-8')
+        (self._directory / 'benchmarks.md').write_text(page, 'utf-8')
 
 
 def render(results: dict[str, Any]) -> str:

@@ -335,8 +335,8 @@ def main() -> None:
     if arguments.page is None:
         print(text, end='')
         return
-    prose, mark, _ = arguments.page.read_text().partition(GENERATED)
-    arguments.page.write_text(f'{prose}{mark or GENERATED}\n{text}')
+    prose, mark, _ = arguments.page.read_text('utf-8').partition(GENERATED)
+    arguments.page.write_text(f'{prose}{mark or GENERATED}\n{text}', 'utf-8')
 
 
 if __name__ == '__main__':

@@ -80,8 +80,7 @@ class Checkpoints:
     """The checkpoints of a run directory, named by training step; a context manager that waits for the last save."""
 
     def __init__(self, workdir: Path, *, keep_latest: int = 1, read_only: bool = False):
-        # Orbax logs every file it touches, and what we report ourselves.
-        logging.getLogger('absl').setLevel(logging.CRITICAL)
+        logging.getLogger('absl').addFilter(_is_not_of_orbax)
         self.directory = workdir.resolve() / 'checkpoints'
         if read_only and not self.directory.is_dir():
             raise ConfigError(f'{workdir} has no checkpoints; is it a run directory?')
@@ -106,7 +105,7 @@ class Checkpoints:
             raise StorageError(f'cannot write {self.directory}: {error.strerror or error}') from error
 
     def __enter__(self) -> 'Checkpoints':
-        sys.unraisablehook = _report_unless_loop_is_closed  # for good: some of it comes after the end
+        _ignore_closed_loops()
         return self
 
     @timed('saving')
@@ -372,10 +371,24 @@ class Checkpoints:
         )
 
 
-def _report_unless_loop_is_closed(unraisable: Any) -> None:
-    """Prints a stray error, except that of TensorStore reporting to an event loop that a failed read or save closed."""
-    if str(unraisable.exc_value) != 'Event loop is closed':
-        sys.__unraisablehook__(unraisable)
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs every file it touches, and what we report ourselves."""
+    return '/orbax/' not in record.pathname
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Has nobody hear of TensorStore reporting to an event loop that a failed read or save closed; of the rest as ever.
+
+    For good: some of it comes after the end.
+    """
+    before = sys.unraisablehook
+
+    def report_unless_loop_is_closed(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            before(unraisable)
+
+    sys.unraisablehook = report_unless_loop_is_closed
 
 
 @contextlib.contextmanager

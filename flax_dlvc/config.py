@@ -16,6 +16,19 @@ from ml_collections.config_flags import config_flags
 from configs import default
 from flax_dlvc.errors import ConfigError
 
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+
+
+def defaults() -> ConfigDict:
+    """What configs/default.py says: every field.
+
+    Raises:
+        ConfigError: Python took another package of that name for ours, as of a project in whose directory it started.
+    """
+    if Path(default.__file__).resolve().parent != CONFIGS:
+        raise ConfigError(f'{default.__file__} takes the place of {CONFIGS}; start elsewhere, or as python -P -m …')
+    return default.get_config()
+
 
 def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """Parses a parser's own arguments and, among them, `--config FILE --config.FIELD=VALUE …`.
@@ -87,7 +100,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str], *, check: boo
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Names what is unknown: absl has flags of its own, such as --flagfile, and leaves a field's group out."""
-    fields = flatten(default.get_config())
+    fields = flatten(defaults())
     for argument in overrides:
         override = re.match(r'--?(?:no)?config\.([^=\[]+)', argument)
         if override and not any(f'{field}.'.startswith(f'{override[1]}.') for field in fields):
@@ -100,7 +113,7 @@ def _wrong_type(error: flags.IllegalFlagValueError) -> str:
     """Which value of which field has another type, by a message that begins with 'flag --config.FIELD=VALUE:'."""
     message = _one_line(error)
     override = re.match(r'flag --config\.([^=]+)=(.*?): ', message)
-    usual = flatten(default.get_config())
+    usual = flatten(defaults())
     if override is None or override[1] not in usual:
         return message
     return f'{override[1]} must be of type {type(usual[override[1]]).__name__}, not {override[2]!r}'
@@ -231,7 +244,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
         ConfigError: the first thing that is wrong.
     """
-    expected, actual = flatten(default.get_config()), flatten(config)
+    expected, actual = flatten(defaults()), flatten(config)
     for field in actual:
         if field not in expected:
             raise ConfigError(f'unknown field {field!r}; configs/default.py lists the fields')

@@ -109,6 +109,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     Stop signals become a `KeyboardInterrupt` with the signal's number, where `main` does not handle them itself,
     and then one line too, and within an import that line and the end; a second signal ends the process at once.
     """
+    os.environ['MPLBACKEND'] = 'agg'  # a notebook's, which its commands inherit, is none that matplotlib knows here
     gc.set_threshold(GARBAGE_THRESHOLD)
     atexit.register(gc.freeze)  # else Python searches all that is left for garbage, half a second, and then ends anyway
     _make_output_take_everything()

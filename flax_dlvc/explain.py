@@ -98,6 +98,7 @@ def grad_cam(
     return nn.relu(jnp.einsum('bhwc,bc->bhw', maps[name].astype(jnp.float32), weights))
 
 
+@pictures.plain_style()
 def draw(image: np.ndarray, heat: np.ndarray, title: str, path: Path) -> None:
     """Writes a picture: the image (H, W, C) uint8 beside itself under its heat (h, w) in [0, 1].
 

@@ -81,7 +81,7 @@ def export(workdir: Path, which: str, out: Path) -> None:
             shutil.rmtree(writing)
         writing.mkdir(parents=True)
         (writing / 'model.jax').write_bytes(program)
-        (writing / 'model.json').write_text(json.dumps(description, indent=2) + '\n')
+        (writing / 'model.json').write_text(json.dumps(description, indent=2) + '\n', 'utf-8')
         for path in writing.iterdir():
             path.replace(out / path.name)
         writing.rmdir()

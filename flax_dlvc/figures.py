@@ -37,11 +37,9 @@ def draw_all(cells: Sequence[Cell], workdir: Path) -> list[tuple[str, str]]:
     Returns:
         File stem and caption of each picture.
     """
-    import matplotlib
-
     drawn = []
     directory = workdir / 'figures'
-    with matplotlib.rc_context(STYLE):
+    with pictures.plain_style(STYLE):
         for stem, caption, figure in _figures(cells, workdir):
             _save(figure, directory / stem)
             drawn.append((stem, caption))

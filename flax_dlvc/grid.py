@@ -9,10 +9,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import configs
-from configs import default
 from flax_dlvc import results
-from flax_dlvc.config import CROP_FIELDS, EXECUTION_FIELDS, flatten, load_config, validate, without_effect
+from flax_dlvc.config import (
+    CONFIGS,
+    CROP_FIELDS,
+    EXECUTION_FIELDS,
+    defaults,
+    flatten,
+    load_config,
+    validate,
+    without_effect,
+)
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.results import TECHNIQUES
 
@@ -47,7 +54,7 @@ class Planned:
 
 
 def _config_file(name: str) -> Path:
-    return Path(configs.__path__[0]) / f'{name}.py'
+    return CONFIGS / f'{name}.py'
 
 
 def plan(
@@ -128,7 +135,7 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
             parts[-1] += character
     if '' in map(str.strip, parts):
         raise ConfigError(f'--vary {text!r} has an empty value')
-    usual = default.get_config()
+    usual = defaults()
     if field not in flatten(usual) | _ends(usual):
         raise ConfigError(f'--vary: unknown field {field!r}; configs/default.py lists the fields')
     if field in ('seed', 'name', 'model.name'):
@@ -140,7 +147,7 @@ def _parse_axis(text: str) -> tuple[str, list[str]]:
 
 def _config_at(name: str, overrides: Sequence[str], point: Sequence[tuple[str, str]]) -> ConfigDict:
     """A config file's config with overrides and the fields of a point; not checked, as it takes all of its fields."""
-    known = flatten(default.get_config())
+    known = flatten(defaults())
     flags = [f'--config.{field}={value}' for field, value in point if field in known]
     config = load_config(_config_file(name), [*overrides, *flags], check=False)
     for field, value in point:

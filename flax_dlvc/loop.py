@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,9 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from configs import default
 from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
-from flax_dlvc.config import differing_fields, without_effect
+from flax_dlvc.config import defaults, differing_fields, without_effect
 from flax_dlvc.errors import ConfigError, DivergedError, StoppedError, noted_signals
 from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
@@ -27,6 +27,7 @@ from flax_dlvc.setup import Setup, set_up
 from flax_dlvc.transfer import begin_from, check_origin
 from flax_dlvc.words import plural
 
+ONE_AT_A_TIME = threading.Lock()  # two threads that save by Orbax get in each other's way
 ANEW = 'in another --workdir with a lower --config.learning_rate or a --config.optimizer.gradient_clip_norm'
 
 
@@ -100,8 +101,11 @@ def carry_out(setup: Setup, workdir: Path, display: Display) -> dict[str, Any]:
 
 @contextmanager
 def claimed(workdir: Path, setup: Setup) -> Iterator[None]:
-    """Within, the run directory exists and this run alone trains in it."""
+    """Within, the run directory exists and this run alone trains in it, and alone in its process."""
     with contextlib.ExitStack() as stack:
+        if not ONE_AT_A_TIME.acquire(blocking=False):
+            raise ConfigError('another run is under way in this process; start each in a process of its own')
+        stack.callback(ONE_AT_A_TIME.release)
         if distributed.is_main():
             rundir.create(workdir, setup.config)
             stack.enter_context(rundir.lock(workdir))
@@ -330,7 +334,7 @@ def announce(setup: Setup, output: Output, state: steps.TrainState, progress: Pr
         f'({len(dataset.train):,} train, {len(dataset.validation):,} validation, {len(dataset.test):,} test), '
         f'seed {config.seed}, {describe_devices(devices)}, in {output.workdir}'
     )
-    if idle := without_effect(config) & set(differing_fields(config, default.get_config())):
+    if idle := without_effect(config) & set(differing_fields(config, defaults())):
         output.display.print(f'without effect here: {", ".join(sorted(idle))}')
     if step > 0:
         output.display.print(f'going on after step {step}, {plural(len(progress.history), "epoch")} finished')

@@ -4,15 +4,14 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from configs import default
-from flax_dlvc.config import flatten, parse_command_line
+from flax_dlvc.config import defaults, flatten, parse_command_line
 from flax_dlvc.errors import ArgumentParser, named_path, run_command
 from flax_dlvc.profiling import profiled, timed
 
 
 def make_parser() -> ArgumentParser:
     """The arguments beside --config."""
-    fields = ''.join(f'  --config.{field}={value}\n' for field, value in flatten(default.get_config()).items())
+    fields = ''.join(f'  --config.{field}={value}\n' for field, value in flatten(defaults()).items())
     parser = ArgumentParser(
         'python -m flax_dlvc.main',
         description='Trains one model, and tests its best checkpoint.',

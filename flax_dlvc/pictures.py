@@ -4,7 +4,8 @@ Shapes: B batch, N images, H height, W width, C channels, K classes.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,17 @@ def _font() -> ImageFont.FreeTypeFont:
     matplotlib = find_spec('matplotlib')
     assert matplotlib and matplotlib.origin  # it is installed with this package
     return ImageFont.truetype(Path(matplotlib.origin).with_name('mpl-data') / 'fonts/ttf/DejaVuSans.ttf', FONT_SIZE)
+
+
+@contextmanager
+def plain_style(changes: Any = ()) -> Iterator[None]:
+    """Within, figures are drawn and saved in matplotlib's own style with these changes, whatever the user's is."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(changes)
+        yield
 
 
 def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], title: str) -> Any:

@@ -143,6 +143,7 @@ class TensorBoard:
         self._write(record['epoch'], _scalars(scalars), next_epoch=record['epoch'])
 
     @timed('logging')
+    @pictures.plain_style()
     def end(self, epoch: int, test: dict[str, Any], predictions: 'Predictions') -> None:
         """Logs the final test, at the last epoch: metrics, confusion matrix and the most confident mistakes.
 
@@ -222,6 +223,7 @@ def _image(tag: str, picture: Any) -> Any:
 
 
 @timed('logging')
+@pictures.plain_style()
 def plot_curves(
     config: ConfigDict,
     history: Sequence[dict[str, Any]],

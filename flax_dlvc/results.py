@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from configs import default
 from flax_dlvc import rundir, stopping
-from flax_dlvc.config import CROP_FIELDS, PARTITION_FIELDS, differing_fields, flatten, without_effect
+from flax_dlvc.config import CROP_FIELDS, PARTITION_FIELDS, defaults, differing_fields, flatten, without_effect
 from flax_dlvc.data import is_same
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.words import plural
@@ -199,7 +198,7 @@ class Cell:
     def note(self) -> str:
         """What was reduced or changed, and what is missing."""
         notes = [f'{field} {plain(ours)} (file: {plain(theirs)})' for field, (ours, theirs) in self.settings.items()]
-        usual = default.get_config()
+        usual = defaults()
         for field in PARTITION_FIELDS:
             values = sorted({run.config[field] for run in self.runs})
             if values != [usual[field]]:
@@ -227,7 +226,7 @@ def plain(value: Any) -> str:
 @cache
 def short(field: str) -> str:
     """The end of a dotted field's name that no other field has."""
-    fields, parts = flatten(default.get_config()), field.split('.')
+    fields, parts = flatten(defaults()), field.split('.')
     ends = ['.'.join(parts[start:]) for start in range(len(parts))]
     return next(end for end in reversed(ends) if end == field or sum(f.endswith(f'.{end}') for f in fields) == 1)
 
@@ -298,7 +297,7 @@ def _cell(runs: list[Run]) -> Cell:
     model = config.model.name
     augmented = config.augment.random_resized_crop or config.augment.random_mirror
     regularization = '_'.join(['dropout'] * (config.dropout_rate > 0) + ['augment'] * augmented) or 'none'
-    base = base_config(config_name(model, regularization)) if model in MODELS else default.get_config()
+    base = base_config(config_name(model, regularization)) if model in MODELS else defaults()
     ours, theirs = flatten(config), flatten(base)
     ignored = {'name', 'seed', 'dataset', 'model.name', *without_effect(config)}
     return Cell(

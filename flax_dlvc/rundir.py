@@ -173,7 +173,7 @@ def read_description(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / 'dataset.json'
     try:
-        description: dict[str, Any] = json.loads(path.read_text())
+        description: dict[str, Any] = json.loads(path.read_text('utf-8'))
         data.without_examples(description)
         return description
     except FileNotFoundError as error:
@@ -239,7 +239,7 @@ def read_config(workdir: Path) -> ConfigDict:
         ConfigError: there is none, or it is damaged.
     """
     try:
-        return config_module.from_json((workdir / 'config.json').read_text())
+        return config_module.from_json((workdir / 'config.json').read_text('utf-8'))
     except ConfigError as error:
         raise ConfigError(f'{workdir / "config.json"}: {error}') from error
     except (OSError, UnicodeDecodeError) as error:
@@ -280,7 +280,7 @@ def read_history(workdir: Path) -> tuple[dict[str, Any], ...]:
 def _read(path: Path, form: Any, advice: str, parse: Callable[[str], Any] = json.loads) -> Any:
     """A file's content, checked against a form; None where there is no file."""
     try:
-        value = parse(path.read_text())
+        value = parse(path.read_text('utf-8'))
         if not _has_form(value, form):
             raise ValueError('JSON of something else')
         return value
@@ -329,7 +329,7 @@ def remove_failure(workdir: Path) -> None:
 def read_failure(workdir: Path) -> tuple[str, int]:
     """Why the run did not end, and its exit code; ('', 0) where no failure can be read."""
     try:
-        failure = json.loads((workdir / 'failure.json').read_text())
+        failure = json.loads((workdir / 'failure.json').read_text('utf-8'))
         return str(failure['message']), int(failure.get('exit_code', 1))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         return '', 0
@@ -343,7 +343,7 @@ def write_text(path: Path, text: str) -> None:
         StorageError: it cannot be written.
     """
     try:
-        with whole(path) as temporary, temporary.open('w') as file:
+        with whole(path) as temporary, temporary.open('w', encoding='utf-8') as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from configs import default
 from flax_dlvc import results, rundir, tables
-from flax_dlvc.config import flatten
+from flax_dlvc.config import defaults, flatten
 from flax_dlvc.errors import (
     ArgumentParser,
     CommandError,
@@ -87,7 +86,7 @@ def sort(records: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]
     Raises:
         ConfigError: there is no such column.
     """
-    fields = {*flatten(default.get_config())}.union(*(record['config'] for record in records))
+    fields = {*flatten(defaults())}.union(*(record['config'] for record in records))
     if column not in {'name', *RESULTS, *fields}:
         raise ConfigError(
             f'unknown column {column!r}; there are name, {", ".join(RESULTS)} and the fields of the config'
@@ -144,7 +143,8 @@ def compare(directory: Path, names: Sequence[str], out: Path) -> None:
         print(f'{field}: {left[field]} | {right[field]}')
     if not any(run.history for run in runs):
         raise ConfigError('neither run has finished an epoch; there is nothing to plot')
-    pictures.save_png(figures.compare(runs), out)
+    with pictures.plain_style():
+        pictures.save_png(figures.compare(runs), out)
     print(f'curves: {out}')
 
 

@@ -51,6 +51,8 @@ def set_cpu_options() -> None:
     if not first <= jaxlib.version.__version_info__[:2] < last:
         return
     flags = os.environ.get('XLA_FLAGS', '')
+    if flags and not flags.lstrip().startswith('-'):  # the name of a file with flags, which stands alone
+        return
     ours = [f'{name}={value}' for name, value in CPU_OPTIONS.items() if name not in flags]
     os.environ['XLA_FLAGS'] = ' '.join(filter(None, [flags, *ours]))
 

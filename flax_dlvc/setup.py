@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -305,7 +306,10 @@ def _commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ['git', '-C', str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        # Within another repository's hooks the environment says that all is about that one.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
 
     try:
         git('ls-files', '--error-unmatch', Path(__file__).name)  # not merely below somebody else's checkout

@@ -154,7 +154,7 @@ def _in_processes(waiting: Sequence[Planned], board: Board, slots: Sequence[dict
                     if process.poll() is None:
                         continue
                     del active[slot]
-                    failure = _why(process.returncode, Path(complaints, str(slot)).read_text())
+                    failure = _why(process.returncode, Path(complaints, str(slot)).read_text('utf-8'))
                     if process.returncode == StorageError.exit_code:
                         raise StorageError(failure)
                     _ended(planned, board, failure, process.returncode)
@@ -257,7 +257,7 @@ def make_parser() -> ArgumentParser:
     """The arguments beside `--config.FIELD=VALUE`."""
     parser = ArgumentParser(
         'python -m flax_dlvc.study',
-        description=__doc__.splitlines()[0],
+        description="The report's table and figures, with error bars: models by regularisations by seeds.",
         epilog='--config.FIELD=VALUE sets a field of every run.',
     )
     parser.add_argument('--workdir', type=named_path, required=True, help='the study; a directory per run below it')

@@ -2,14 +2,18 @@
 
 import dataclasses
 import importlib.metadata
+import logging
+import logging.handlers
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from flax_dlvc import steps
+from flax_dlvc import checkpoint, steps
 from flax_dlvc.checkpoint import Checkpoints, Progress, inspect, versions
 from flax_dlvc.errors import ConfigError, StorageError
 from flax_dlvc.models import create_model
@@ -32,6 +36,24 @@ def make_state(step=0, hidden_dim=16, seed=0):
     )
     state = steps.create_state(model, optax.adamw(1e-3), (8, 8, 3), 10, seed)
     return jax.device_put(state.replace(step=state.step + step), steps.replicated(jax.devices()[:1]))
+
+
+def test_a_programs_own_logging_and_hooks_stay_as_they_are(tmp_path, monkeypatch):
+    """Of Orbax alone nothing is logged, and of TensorStore's closed loops nothing reported."""
+    heard = []
+    monkeypatch.setattr(sys, 'unraisablehook', lambda unraisable: heard.append(str(unraisable.exc_value)))
+    checkpoint._ignore_closed_loops.cache_clear()
+    logger = logging.getLogger('absl')
+    monkeypatch.setattr(logger, 'handlers', [handler := logging.handlers.BufferingHandler(100)])
+    level = logger.level
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(), make_progress(1, 1))
+    checkpoint._ignore_closed_loops.cache_clear()
+    for message in ('Event loop is closed', 'else'):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert heard == ['else']
+    logger.warning('mine')
+    assert [record.getMessage() for record in handler.buffer] == ['mine'] and logger.level == level
 
 
 def make_progress(epoch, best_epoch):

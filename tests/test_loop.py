@@ -478,6 +478,12 @@ def test_a_run_in_a_thread_of_another_program(finished_run, tmp_path):
     check_same_run(tmp_path / 'run', workdir)
 
 
+def test_a_process_has_one_run_at_a_time(small_config, tmp_path):
+    with loop.ONE_AT_A_TIME, pytest.raises(ConfigError, match='another run is under way in this process'):
+        loop.run(small_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_a_signal_is_obeyed_where_the_state_cannot_be_saved(small_config, tmp_path, monkeypatch):
     """The next step would have shown that the run diverges, and let it rewind."""
 

@@ -88,13 +88,32 @@ def test_a_run_that_is_interrupted_three_times_goes_on_to_the_same_bits(
     check_same_run(tmp_path / 'run', whole_run[0])
 
 
-def test_double_precision_that_the_environment_asks_for_changes_nothing(
+def test_what_the_environment_says_of_other_things_changes_nothing(
     whole_run, tmp_path, command, small_run_flags, monkeypatch
 ):
+    """Double precision; the pictures of a notebook and of a paper."""
     monkeypatch.setenv('JAX_ENABLE_X64', '1')
+    monkeypatch.setenv('MPLBACKEND', 'module://a_notebooks_own')
+    (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nfont.size: 20\n')
+    monkeypatch.setenv('MATPLOTLIBRC', str(tmp_path / 'matplotlibrc'))
     done = command('main', '--config', CONFIG, '--workdir', tmp_path / 'run', *small_run_flags)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, '')
     check_same_run(tmp_path / 'run', whole_run[0])
+    assert (tmp_path / 'run' / 'curves.png').read_bytes() == (whole_run[0] / 'curves.png').read_bytes()
+
+
+def test_another_package_of_the_configs_name_is_noticed(tmp_path):
+    """Python puts the directory that a command is started in before all others."""
+    (tmp_path / 'configs').mkdir()
+    arguments = ['-m', 'flax_dlvc.main', '--config', ROOT / 'configs' / 'cnn.py', '--config.seed=many']
+    for content, telling in ((None, "not 'many'"), ('', f'{tmp_path}/configs/default.py takes the place of {ROOT}')):
+        if content is not None:
+            (tmp_path / 'configs' / 'default.py').write_text(content)
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert_refused(done, tmp_path / 'runs')
+        assert telling in done.stderr
+    done = subprocess.run([sys.executable, '-P', *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "not 'many'" in done.stderr
 
 
 def test_a_run_whose_terminal_is_closed_is_saved(whole_run, tmp_path, command, small_run_flags):

@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import make_config
@@ -9,6 +10,19 @@ from PIL import Image
 
 from flax_dlvc import data, explain, pictures
 from flax_dlvc.metrics import Predictions
+
+
+def test_pictures_are_in_no_style_of_the_users():
+    """Not one for papers, either, which would want LaTeX."""
+
+    @pictures.plain_style({'font.size': 9})
+    def draw():
+        return pictures.encode_png(pictures.confusion_matrix(np.eye(3), ['a', 'b', 'c'], 'a title'))
+
+    drawn = draw()
+    with matplotlib.rc_context({'text.usetex': True, 'savefig.bbox': 'tight', 'axes.facecolor': 'red'}):
+        assert draw() == drawn
+        assert matplotlib.rcParams['text.usetex']
 
 
 def test_without_augmentation_training_sees_the_datasets_images(digits):

@@ -3,6 +3,7 @@ import errno
 import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -118,6 +119,13 @@ def test_files(workdir):
     assert rundir.read_result(workdir) == RESULT
     assert path == workdir / 'evaluation-validation.json'
     assert json.loads(path.read_text()) == {'accuracy': 0.25}
+
+
+def test_files_are_utf_8_whatever_the_locale_is(workdir):
+    code = "import pathlib, sys; from flax_dlvc import rundir; rundir.write_text(pathlib.Path(sys.argv[1]), '\\u2019')"
+    ascii_locale = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    subprocess.run([sys.executable, '-c', code, workdir / 'table.md'], env=os.environ | ascii_locale, check=True)
+    assert (workdir / 'table.md').read_text('utf-8') == '\u2019'
 
 
 def test_history_is_written_whole(workdir):

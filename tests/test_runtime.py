@@ -10,6 +10,13 @@ import pytest
 
 from flax_dlvc import runtime
 
+
+def test_a_file_of_flags_stands_alone(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '/a/file')
+    runtime.set_cpu_options()
+    assert os.environ['XLA_FLAGS'] == '/a/file'
+
+
 CONVOLUTION = """
 import os
 import resource

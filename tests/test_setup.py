@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import re
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from flax_dlvc.errors import ConfigError
 from flax_dlvc.evaluate import evaluate
 from flax_dlvc.models import MODELS
 from flax_dlvc.models.airbench import whitening_kernel
-from flax_dlvc.setup import Setup, set_up
+from flax_dlvc.setup import Setup, _commit, set_up
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -223,6 +225,14 @@ def test_models_adapt_to_size_channels_and_classes(name, shape):
     apply = functools.partial(setup.model.apply, train=False)
     logits = jax.eval_shape(apply, setup.abstract_state.variables, images)
     assert (logits.shape, logits.dtype) == ((4, 7), jnp.float32)
+
+
+def test_the_commit_is_this_packages_within_another_repositorys_hook(tmp_path, monkeypatch):
+    commit = _commit()
+    assert re.fullmatch('([0-9a-f]{40}(-dirty)?)?', commit)
+    subprocess.run(['git', 'init', '--quiet', tmp_path], check=True)
+    monkeypatch.setenv('GIT_DIR', str(tmp_path / '.git'))
+    assert _commit() == commit
 
 
 def test_two_devices_share_an_odd_evaluation_batch(small_config):

@@ -44,6 +44,11 @@ def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_written(tmp_path, arg
     assert not (tmp_path / 'study').exists()
 
 
+def test_python_may_leave_docstrings_out():
+    arguments = [sys.executable, '-OO', '-m', 'flax_dlvc.study', '--help']
+    assert 'error bars' in subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 SMALL_STUDY = ['--models', 'cnn', '--regularizations', 'none,dropout', '--seeds', '2']
 
 
