@@ -26,7 +26,9 @@ def defaults() -> ConfigDict:
         ConfigError: Python took another package of that name for ours, as of a project in whose directory it started.
     """
     if Path(default.__file__).resolve().parent != CONFIGS:
-        raise ConfigError(f'{default.__file__} takes the place of {CONFIGS}; start elsewhere, or as python -P -m …')
+        raise ConfigError(
+            f'{default.__file__} takes the place of {CONFIGS}; start in another directory, or with python -P'
+        )
     return default.get_config()
 
 

@@ -241,7 +241,7 @@ def prepare_backend(num_devices: int) -> None:
     Raises:
         ConfigError: there is no such backend as JAX_PLATFORMS asks for.
     """
-    jax.config.update('jax_enable_x64', False)  # nothing here is of double precision; JAX_ENABLE_X64 has much become it
+    jax.config.update('jax_enable_x64', False)  # all is written for single precision; some would become double
     runtime.keep_compiled_programs(decoded.cache_directory() / 'compiled')
     runtime.set_cpu_options()
     runtime.give_signals_a_stack()

@@ -154,7 +154,7 @@ def _in_processes(waiting: Sequence[Planned], board: Board, slots: Sequence[dict
                     if process.poll() is None:
                         continue
                     del active[slot]
-                    failure = _why(process.returncode, Path(complaints, str(slot)).read_text('utf-8'))
+                    failure = _why(process.returncode, Path(complaints, str(slot)).read_text(errors='replace'))
                     if process.returncode == StorageError.exit_code:
                         raise StorageError(failure)
                     _ended(planned, board, failure, process.returncode)
