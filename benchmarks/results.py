@@ -29,7 +29,7 @@ def machine() -> dict[str, str]:
 def _processor() -> str:
     """The name of the first processor, with its family and model, as virtual machines give several kinds one name."""
     path = Path('/proc/cpuinfo')
-    first = path.read_text('utf-8').partition('\n\n')[0] if path.exists() else ''
+    first = path.read_text().partition('\n\n')[0] if path.exists() else ''
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in first.splitlines())}
     name = fields.get('model name', platform.machine())
     return f'{name} (family {fields["cpu family"]}, model {fields["model"]})' if 'cpu family' in fields else name
