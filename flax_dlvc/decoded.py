@@ -135,7 +135,7 @@ def _build(directory: Path, fingerprint: str, decode: Callable[[Path], None]) ->
 def _map_arrays(directory: Path, fingerprint: str) -> Split | None:
     """The decoded arrays, or None where they are missing, from other files than these, or damaged."""
     try:
-        manifest = json.loads((directory / 'manifest.json').read_text('utf-8'))
+        manifest = json.loads((directory / 'manifest.json').read_text())
         if manifest != _manifest(fingerprint, directory):
             return None
         return Split(*(np.load(directory / name, mmap_mode='r') for name in _ARRAYS))

@@ -26,7 +26,7 @@ from flax_dlvc.errors import (
     ending,
     first_line,
     is_out_of_memory,
-    set_stop_signals,
+    stop_signals_set,
 )
 
 SIGN_OF_LIFE = 1.0  # seconds between a process's signs of life
@@ -139,25 +139,23 @@ def _join() -> None:
     timer = threading.Timer(JOIN_TIMEOUT, _end, (PeerError.exit_code, missed))  # JAX would abort with a stack trace
     timer.daemon = True
     timer.start()
-    # JAX waits where Python's handlers do not run; nothing is there yet that would have to be saved.
-    handlers = set_stop_signals(signal.SIG_DFL)
     try:
-        jax.distributed.initialize(
-            address,
-            num_processes(),
-            process_id(),
-            [int(number) for number in ids.split(',') if number] or None,
-            cluster_detection_method='deactivate',
-            initialization_timeout=2 * JOIN_TIMEOUT,
-            heartbeat_timeout_seconds=10 * int(LOST_AFTER),  # ours is sooner, and says it in one line
-            coordinator_bind_address=address if LOOPBACK.fullmatch(address) else None,  # else on all interfaces
-        )
+        # JAX waits where Python's handlers do not run; nothing is there yet that would have to be saved.
+        with stop_signals_set(signal.SIG_DFL):
+            jax.distributed.initialize(
+                address,
+                num_processes(),
+                process_id(),
+                [int(number) for number in ids.split(',') if number] or None,
+                cluster_detection_method='deactivate',
+                initialization_timeout=2 * JOIN_TIMEOUT,
+                heartbeat_timeout_seconds=10 * int(LOST_AFTER),  # ours is sooner, and says it in one line
+                coordinator_bind_address=address if LOOPBACK.fullmatch(address) else None,  # else on all interfaces
+            )
     except Exception as error:
         raise PeerError(f'cannot join the run at {address}: {first_line(error)}') from error
     finally:
         timer.cancel()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _leave(watch: '_Watch') -> None:

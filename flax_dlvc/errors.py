@@ -171,6 +171,17 @@ def set_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
 
 
 @contextmanager
+def stop_signals_set(handler: Any) -> Iterator[None]:
+    """Within, as `set_stop_signals`; then they are as they were."""
+    before = set_stop_signals(handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+@contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Within, a stop signal does no more than add its number to the yielded list; a second one ends the process.
 
@@ -183,12 +194,10 @@ def noted_signals() -> Iterator[list[int]]:
         _let_signals_end_the_process(signal_number)
         noted.append(signal_number)
 
-    before = set_stop_signals(note)
     try:
-        yield noted
+        with stop_signals_set(note):
+            yield noted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for unnoticed in noted:
             signal.raise_signal(unnoticed)
 

@@ -38,24 +38,6 @@ def make_state(step=0, hidden_dim=16, seed=0):
     return jax.device_put(state.replace(step=state.step + step), steps.replicated(jax.devices()[:1]))
 
 
-def test_a_programs_own_logging_and_hooks_stay_as_they_are(tmp_path, monkeypatch):
-    """Of Orbax alone nothing is logged, and of TensorStore's closed loops nothing reported."""
-    heard = []
-    monkeypatch.setattr(sys, 'unraisablehook', lambda unraisable: heard.append(str(unraisable.exc_value)))
-    checkpoint._ignore_closed_loops.cache_clear()
-    logger = logging.getLogger('absl')
-    monkeypatch.setattr(logger, 'handlers', [handler := logging.handlers.BufferingHandler(100)])
-    level = logger.level
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make_state(), make_progress(1, 1))
-    checkpoint._ignore_closed_loops.cache_clear()
-    for message in ('Event loop is closed', 'else'):
-        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
-    assert heard == ['else']
-    logger.warning('mine')
-    assert [record.getMessage() for record in handler.buffer] == ['mine'] and logger.level == level
-
-
 def make_progress(epoch, best_epoch):
     history = tuple({'epoch': number, 'step': 10 * number, 'validation_loss': 1 / 3} for number in range(1, epoch + 1))
     return Progress(history, Stopping(0.1 * best_epoch, best_epoch, epoch - best_epoch), 10 * best_epoch)
@@ -232,6 +214,24 @@ def test_nothing_is_saved_in_a_directory_that_was_removed(tmp_path, made_anew):
         with pytest.raises(StorageError, match=r'cannot save to .*it is gone'):
             checkpoints.save(make_state(2), Progress())
         assert not [*tmp_path.glob('checkpoints/*')]
+
+
+def test_a_programs_own_logging_and_hooks_stay_as_they_are(tmp_path, monkeypatch):
+    """Of Orbax alone nothing is logged, and of TensorStore's closed loops nothing reported."""
+    heard = []
+    monkeypatch.setattr(sys, 'unraisablehook', lambda unraisable: heard.append(str(unraisable.exc_value)))
+    checkpoint._ignore_closed_loops.cache_clear()
+    logger = logging.getLogger('absl')
+    monkeypatch.setattr(logger, 'handlers', [handler := logging.handlers.BufferingHandler(100)])
+    level = logger.level
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(), make_progress(1, 1))
+    checkpoint._ignore_closed_loops.cache_clear()
+    for message in ('Event loop is closed', 'else'):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert heard == ['else']
+    logger.warning('mine')
+    assert [record.getMessage() for record in handler.buffer] == ['mine'] and logger.level == level
 
 
 def test_rewinding_removes_what_is_newer_than_the_best(tmp_path):

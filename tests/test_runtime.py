@@ -10,13 +10,6 @@ import pytest
 
 from flax_dlvc import runtime
 
-
-def test_a_file_of_flags_stands_alone(monkeypatch):
-    monkeypatch.setenv('XLA_FLAGS', '/a/file')
-    runtime.set_cpu_options()
-    assert os.environ['XLA_FLAGS'] == '/a/file'
-
-
 CONVOLUTION = """
 import os
 import resource
@@ -127,6 +120,12 @@ def test_an_option_stays_as_the_user_has_chosen(name, monkeypatch):
     flags = os.environ['XLA_FLAGS'].split()
     assert flags[0] == f'{name}=chosen'
     assert {flag.split('=')[0] for flag in flags[1:]} == set(runtime.CPU_OPTIONS) - {name}
+
+
+def test_a_file_of_flags_stands_alone(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '/a/file')
+    runtime.set_cpu_options()
+    assert os.environ['XLA_FLAGS'] == '/a/file'
 
 
 @pytest.mark.parametrize('version', [(0, 9, 2), (0, 13, 0)])
