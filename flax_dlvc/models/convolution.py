@@ -1,9 +1,8 @@
 """`Conv`: `nn.Conv` that also runs well on a CPU.
 
 XLA compiles convolutions on small maps, and gradients of convolutions, to slow CPU code: nine tenths of a plain
-ResNet18's training step. On a CPU, `Conv` gets the same numbers by other routes; on any other backend it lowers to
-exactly what `nn.Conv` lowers to. The gains below are ratios of CPU time (batch 128, float32): XLA's own way over the
-one that is described.
+ResNet18's training step. On a CPU, `Conv` gets the same numbers by other routes; on any other backend it is `nn.Conv`.
+The gains below are ratios of CPU time (batch 128, float32): XLA's own way over the one that is described.
 
 Shapes: B batch, H W map height and width, C input and O output channels, KH KW kernel height and width; H' W' of a
 result.
@@ -18,13 +17,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
-from flax.linen.linear import canonicalize_padding, default_kernel_init
 from jax import lax
 
 from flax_dlvc.models.layers import Pads, Pair, explicit_pads, on_cpu
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+PLAIN = {'lhs_dilation': (1, 1), 'rhs_dilation': (1, 1), 'feature_group_count': 1}  # what `convolve` computes
 SMALL_MAP = 4  # up to this output height and width, matrix products are faster than XLA's CPU convolution
 MANY_CHANNELS = 64  # from this many in and out, Winograd's algorithm saves more than its transforms cost
 FEW_INPUTS = 27  # of an output, KH x KW x C, up to which a loop that XLA compiles is the fastest way
@@ -228,37 +226,20 @@ convolve.defvjp(
 )
 
 
-class Conv(nn.Module):
-    """`nn.Conv` for maps (B, H, W, C), without groups and dilation: same parameters, same results.
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[Pair], **options: Any
+) -> jax.Array:
+    """`lax.conv_general_dilated` as `nn.Conv` calls it; on a CPU by the fastest route for the shape.
 
-    On a CPU, forward pass, input gradient and kernel gradient each take the fastest route for their shape; the
-    convolutions among them want `runtime.set_cpu_options`. 2x2x256, forward and backward: 60x.
+    Forward pass, input gradient and kernel gradient take a route each; the convolutions among them want
+    `runtime.set_cpu_options`. Groups, dilation and maps of other than two dimensions stay with XLA. 2x2x256, forward
+    and backward: 60x.
     """
+    if not on_cpu() or x.ndim != 4 or any(options[name] != value for name, value in PLAIN.items()):
+        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    size, window = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
+    pads = explicit_pads(size, window, strides, padding)
+    return convolve(x, kernel, Geometry(size, window, (strides[0], strides[1]), pads))
 
-    features: int
-    kernel_size: Sequence[int]
-    strides: int | Sequence[int] = 1
-    padding: Any = 'SAME'
-    use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: nn.initializers.Initializer = default_kernel_init
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) to (B, H', W', features)."""
-        height, width = self.kernel_size
-        strides = (self.strides, self.strides) if isinstance(self.strides, int) else (self.strides[0], self.strides[1])
-        kernel_shape = (height, width, x.shape[-1], self.features)
-        kernel = self.param('kernel', self.kernel_init, kernel_shape, self.param_dtype)
-        bias = self.param('bias', self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if on_cpu():
-            size = (x.shape[1], x.shape[2])
-            pads = explicit_pads(size, (height, width), strides, self.padding)
-            y = convolve(x, kernel, Geometry(size, (height, width), strides, pads))
-        else:
-            padding = canonicalize_padding(self.padding, 2)
-            y = lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
-        return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)

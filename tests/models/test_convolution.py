@@ -108,6 +108,32 @@ def test_conv_has_the_parameters_of_flax(use_bias, strides):
     assert maximum_error(ours[0], theirs[0]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ('size', 'options'),
+    [
+        ((8, 8), {'kernel_size': (3, 3), 'feature_group_count': 4}),
+        ((8, 8), {'kernel_size': (7, 7), 'feature_group_count': 8, 'features': 8}),
+        ((8, 8), {'kernel_size': (3, 3), 'kernel_dilation': 2}),
+        ((4, 4), {'kernel_size': (3, 3), 'input_dilation': (1, 2), 'padding': 1}),
+        ((8, 8), {'kernel_size': (3, 3), 'padding': 'CIRCULAR'}),
+        ((4, 4), {'kernel_size': (3, 3), 'padding': 'CIRCULAR'}),
+        ((16,), {'kernel_size': (3,)}),
+        ((4, 6, 4), {'kernel_size': (3, 1, 3)}),
+        ((2, 4, 4), {'kernel_size': (3, 3)}),  # two batch axes
+    ],
+    ids=str,
+)
+def test_what_else_conv_takes_equals_flax(size, options):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 8))
+    options = {'features': 12} | options
+    ours, theirs = convolution.Conv(**options), nn.Conv(**options)
+    variables = theirs.init(jax.random.key(1), x)
+    (_, y), gradients = value_and_gradients(ours)(variables, x)
+    (_, y_reference), reference = value_and_gradients(theirs)(variables, x)
+    assert maximum_error(y, y_reference) < 1e-5
+    assert maximum_error(gradients, reference) < 1e-5
+
+
 @pytest.mark.parametrize('shape', ROUTES, ids=str)
 def test_conv_under_vmap(shape):
     ours, theirs, variables, x = example(shape)
