@@ -113,9 +113,8 @@ def _output(command: list[str], environment: dict[str, str]) -> str:
 def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     """A process that runs the compiled steps alone: `train()`, `validate()`, `forward()` as it is told."""
     import jax
-    import jax.numpy as jnp
 
-    from flax_dlvc import evaluate, steps
+    from flax_dlvc import evaluate
     from flax_dlvc.setup import set_up
 
     config = base_config(f'{model}_dropout')
@@ -126,9 +125,7 @@ def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     train_calls = setup.training_calls(1)
     size = config.evaluation_batch_size
     batches = [
-        steps.normalize(
-            jnp.asarray(validation_split[0][start : start + size], jnp.float32) / 255, (0.5,) * 3, (0.25,) * 3
-        )
+        setup.normalize(validation_split[0][start : start + size])
         for start in range(0, len(setup.dataset.validation), size)
     ]
     apply = jax.jit(lambda variables, images: setup.model.apply(variables, images, train=False))

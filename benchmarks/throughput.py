@@ -65,7 +65,6 @@ def synthetic_setup(config: Any, num_devices: int = 1) -> Any:
 def ours(case: Case, cache: str, connection: Connection) -> None:
     """A process that trains and evaluates our model as it is told; compiled programs are kept in a directory."""
     import jax
-    import jax.numpy as jnp
 
     from flax_dlvc import runtime
     from flax_dlvc.interop import to_torch
@@ -82,9 +81,7 @@ def ours(case: Case, cache: str, connection: Connection) -> None:
     weights = to_torch(setup, holder[0].variables)
 
     def logits() -> np.ndarray:
-        from flax_dlvc.steps import normalize
-
-        batch = normalize(jnp.asarray(images[:64], jnp.float32) / 255, setup.dataset.mean, setup.dataset.std)
+        batch = setup.normalize(images[:64])
         return np.asarray(jax.jit(setup.model.apply, static_argnames='train')(holder[0].variables, batch, train=False))
 
     def train(num_steps: int) -> None:

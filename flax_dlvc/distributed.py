@@ -6,6 +6,7 @@ process 0's host), NUM_PROCESSES and PROCESS_ID, and, where processes share a ho
 """
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -100,12 +101,15 @@ def barrier(name: str) -> None:
 class Agreement:
     """Makes all processes act on the same call of this on what one of them wants.
 
-    A process must have waited for the result of step n before its call for step n + 2, as in `loop.train` and
-    `evaluate`. Then none is two calls ahead of process 0, and what that announces for its call after next is in time.
+    All processes make their agreements in the same order, by which they are told apart. A process must have waited for
+    the result of step n before its call for step n + 2, as in `loop.train` and `evaluate`. Then none is two calls ahead
+    of process 0, and what that announces for its call after next is in time.
     """
 
-    def __init__(self, name: str):
-        self._name = name
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._name = f'agreement/{next(self._numbers)}'
         self._calls = 0
 
     def __call__(self, wanted: int) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 from flax_dlvc import pictures
 from flax_dlvc.errors import ConfigError
 
-# Grad-CAM takes the last map of at least this height and width. The textbook's choice, the very last map, is a single
-# pixel in a ResNet18 with the ImageNet stem on 32x32 images, and says nothing about where.
+# Grad-CAM takes the last map of at least this height and width, or else the largest. The textbook's choice, the very
+# last map, is a single pixel in a ResNet18 with the ImageNet stem on 32x32 images, and says nothing about where.
 SMALLEST_MAP = 4
 
 
@@ -48,8 +48,8 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
         maps = {name: sown[0] for name, sown in intermediates.items() if name.startswith('map_')}
         if not maps:
             raise ConfigError(f'{type(model).__name__} shows no maps to explain it by; see models.layers.expose')
-        large = [name for name in sorted(maps) if min(maps[name].shape[1:3]) >= SMALLEST_MAP]
-        heat = grad_cam(model, variables, images, classes, (large or sorted(maps))[-1], maps)
+        *_, last = sorted(maps, key=lambda name: min(*maps[name].shape[1:3], SMALLEST_MAP))  # of equals, the last one
+        heat = grad_cam(model, variables, images, classes, last, maps)
     return heat / jnp.maximum(heat.max(axis=(1, 2), keepdims=True), jnp.finfo(heat.dtype).tiny)
 
 

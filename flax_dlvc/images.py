@@ -34,19 +34,21 @@ class ImageError(Exception):
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:
-    """Every file that the names stand for: files, folders (with all below them) and globs of both, each name's sorted.
+    """Every file that the names stand for: files, folders (with all images below them) and globs of both.
 
-    A name that stands for nothing is yielded as it is: reading it says what is wrong with it.
+    Each name's are sorted, and each is there once. A name that stands for nothing is yielded as it is: reading it says
+    what is wrong with it.
     """
     for name in names:
         matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH110, PTH207
-        for match in matches or [name]:
-            path = Path(match)
-            if not os.path.isdir(path):  # noqa: PTH112, as `Path.is_dir` raises where a name is too long
-                yield path
-            elif '**' not in name or not matches:  # else all below it is a match as well
-                below = filter(has_image_name, path.rglob('*'))
-                yield from sorted(filter(os.path.isfile, below))  # `Path.is_file` raises in a folder closed to us
+        found: dict[Path, None] = {}
+        for path in map(Path, matches or [name]):
+            below: Iterable[Path] = [path]
+            if os.path.isdir(path):  # noqa: PTH112, as `Path.is_dir` raises where a name is too long
+                images = filter(has_image_name, path.rglob('*'))
+                below = sorted(filter(os.path.isfile, images))  # `Path.is_file` raises in a folder closed to us
+            found |= dict.fromkeys(below)
+        yield from found
 
 
 def has_image_name(path: Path) -> bool:

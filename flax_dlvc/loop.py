@@ -65,11 +65,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch, metric=config.early_stopping.metric
             )
             result = carry_out(setup, workdir, display)
-    ended = 'stopped early' if result['stopped_early'] else 'ended'
-    print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
-    chosen = 'best' if config.splits.validation else 'last'
-    print(f'test, {chosen} epoch {result["best_epoch"]}: {describe(result["test"])}')
-    print(f'curves: {workdir / "curves.png"}')
+    if distributed.is_main():  # of a finished run, too, which the processes do not join for
+        ended = 'stopped early' if result['stopped_early'] else 'ended'
+        print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
+        chosen = 'best' if config.splits.validation else 'last'
+        print(f'test, {chosen} epoch {result["best_epoch"]}: {describe(result["test"])}')
+        print(f'curves: {workdir / "curves.png"}')
     return result
 
 
@@ -308,19 +309,20 @@ class Clock:
 
     def __init__(self, config: ConfigDict, step: int):
         self._steps, self._seconds = config.checkpoint_every_steps, 60 * config.checkpoint_every_minutes
-        self._step, self._time = step, time.monotonic()
-        self._agree = distributed.Agreement(f'save after {step}')
+        self._restart(step)
 
     def __call__(self, step: int) -> bool:
         """Whether one is due before the step after `step`; the clock starts anew when it is."""
-        now = time.monotonic()
         due = 0 < self._steps <= step - self._step
         if self._seconds:
-            due |= bool(self._agree(now - self._time >= self._seconds))
+            due |= bool(self._agree(time.monotonic() - self._time >= self._seconds))
         if due:
-            self._step, self._time = step, now
-            self._agree = distributed.Agreement(f'save after {step}')
+            self._restart(step)
         return due
+
+    def _restart(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+        self._agree = distributed.Agreement()
 
 
 def announce(setup: Setup, output: Output, state: steps.TrainState, progress: Progress) -> None:
@@ -439,7 +441,7 @@ def stop_signals() -> Iterator[Callable[[], None]]:
     With several processes it raises in all of them, on the same call, when one has received a signal. A signal that
     came after the last call of that function is raised again at the end.
     """
-    agree = distributed.Agreement('stop')
+    agree = distributed.Agreement()
 
     def check_stop() -> None:
         if signal_number := agree(received[0] if received else 0):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,6 @@ from flax_dlvc.errors import (
 from flax_dlvc.explain import draw, explain
 from flax_dlvc.images import ImageError, find_images, read_image, without_warnings
 from flax_dlvc.setup import Setup
-from flax_dlvc.steps import normalize
 from flax_dlvc.transfer import load_trained
 from flax_dlvc.words import plural
 
@@ -62,8 +60,7 @@ def predict(
 
     @jax.jit
     def look(variables: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
-        seen = normalize(images.astype(jnp.float32) / 255, setup.dataset.mean, setup.dataset.std)
-        return explain(setup.model, variables, seen, classes)
+        return explain(setup.model, variables, setup.normalize(images), classes)
 
     for batch in _batched(paths, BATCH_SIZE):
         with without_warnings():

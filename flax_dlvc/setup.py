@@ -102,7 +102,7 @@ class Setup:
         return partial(self._train_step, *self._of_the_run)
 
     @cached_property
-    def _train_step(self) -> steps.TrainStep:
+    def _train_step(self) -> steps.OnDevices:
         return steps.make_train_step(
             model=self.model,
             make_optimizer=partial(optim.make_optimizer, self.config, self.steps_per_epoch),
@@ -116,20 +116,21 @@ class Setup:
         )
 
     @cached_property
-    def evaluation_step(self) -> steps.EvaluationStep:
+    def evaluation_step(self) -> steps.OnDevices:
         """The evaluation step of `steps.make_evaluation_step`."""
-        return steps.make_evaluation_step(
-            model=self.model,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            devices=self.devices,
-            views=self.config.test_time_augmentation,
-        )
+        return steps.make_evaluation_step(self.logits, self.devices)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, C) uint8 as the model sees them, float32."""
+        return steps.normalize(images.astype(np.float32) / 255, self.dataset.mean, self.dataset.std)
+
+    def logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        """Logits (B, K) of images (B, H, W, C) uint8, averaged over the config's views."""
+        return steps.average_logits(self.model, variables, self.normalize(images), self.config.test_time_augmentation)
 
     def probabilities(self, variables: Any, images: jax.Array) -> jax.Array:
-        """Probabilities (B, K) of the classes of images (B, H, W, C) uint8; see `steps.probabilities`."""
-        mean, std, views = self.dataset.mean, self.dataset.std, self.config.test_time_augmentation
-        return steps.probabilities(self.model, variables, images, mean=mean, std=std, views=views)
+        """Probabilities (B, K) of the classes of images (B, H, W, C) uint8, by the logits that are evaluated."""
+        return nn.softmax(self.logits(variables, images))
 
     @cached_property
     def prediction_step(self) -> jax.stages.Wrapped:
@@ -201,7 +202,7 @@ class Setup:
             self.num_classes,
             seed,
             self.config.ema_decay,
-            steps.normalize(images.astype(np.float32) / 255, self.dataset.mean, self.dataset.std),
+            self.normalize(images),
         )
 
     def empty_sums(self) -> Sums:

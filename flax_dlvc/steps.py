@@ -7,7 +7,7 @@ replicated: it goes in and comes out without a leading device axis.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -22,9 +22,6 @@ from flax_dlvc.errors import ConfigError
 from flax_dlvc.metrics import Predictions, Sums, cross_entropy
 
 AXIS = 'devices'
-
-# (variables, totals, images (N, H, W, C), labels (N,), indices (D, S, B)) -> totals
-EvaluationStep = Callable[..., tuple[Sums, Predictions]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -46,16 +43,6 @@ class TrainState(flax.struct.PyTreeNode):
     def variables(self) -> dict[str, Any]:
         """What the model is evaluated with."""
         return self.ema or {'params': self.params, 'batch_stats': self.batch_stats}
-
-
-class TrainStep(Protocol):
-    """What `make_train_step` builds."""
-
-    def __call__(self, *arguments: Any) -> tuple[TrainState, Sums]:
-        """(seed, learning rate, state, images (N, H, W, C), labels (N,), indices (D, S, B)) -> (state, its sums)."""
-
-    def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        """As that of `jax.jit`: for arguments of which shapes and placement are enough."""
 
 
 def run_devices(num_devices: int) -> list[jax.Device]:
@@ -136,7 +123,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
     devices: Sequence[jax.Device],
-) -> TrainStep:
+) -> 'OnDevices':
     """Builds the training step: S updates on D devices, each on the D * B examples that the indices name.
 
     Augmentation of single images has a key per step and example, so it does not depend on the number of devices; mixing
@@ -157,8 +144,8 @@ def make_train_step(
 
     Returns:
         The compiled step. It takes the seed of augmentation and dropout (uint32) and the learning rate (float32; both
-        so that runs that differ in them share the program), the state (and frees it), images, labels and indices
-        (D, S, B), and returns the new state and a copy of its sums that the next call does not free.
+        so that runs that differ in them share the program), the state (and frees it), images (N, H, W, C), labels (N,)
+        and indices (D, S, B), and returns the new state and a copy of its sums that the next call does not free.
     """
 
     def loss_function(
@@ -245,26 +232,28 @@ def make_train_step(
         donate_argnums=2,
         devices=devices,
     )
-    return _OnDevices(by_device, devices)
+    return OnDevices(by_device, devices)
 
 
 def make_evaluation_step(
-    *,
-    model: nn.Module,
-    mean: Sequence[float],
-    std: Sequence[float],
-    devices: Sequence[jax.Device],
-    views: str = 'none',
-) -> EvaluationStep:
+    logits_of: Callable[[Any, jax.Array], jax.Array], devices: Sequence[jax.Device]
+) -> 'OnDevices':
     """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the totals; -1 names none.
 
     Each example is named once; the totals have a prediction for each of the `images`.
+
+    Args:
+        logits_of: maps variables and images (B, H, W, C) uint8 to logits (B, K).
+        devices: to run on; variables, totals and the split must be replicated over them.
+
+    Returns:
+        The compiled step: (variables, totals, images (N, H, W, C), labels (N,), indices) -> totals.
     """
 
     def add(
         totals: tuple[Sums, Predictions], variables: Any, images: jax.Array, labels: jax.Array, indices: jax.Array
     ) -> tuple[Sums, Predictions]:
-        logits, known = logits_of(model, variables, images[indices], mean=mean, std=std, views=views), labels[indices]
+        logits, known = logits_of(variables, images[indices]), labels[indices]
         losses = cross_entropy(logits, known)
         sums = Sums.from_model_output(losses=losses, logits=logits, labels=known, mask=indices >= 0)
         predictions = Predictions.from_model_output(logits, indices, len(labels))
@@ -276,33 +265,20 @@ def make_evaluation_step(
         return _fold(lambda totals, batch: add(totals, variables, images, labels, batch), totals, indices)
 
     by_device = jax.pmap(evaluation_step, AXIS, in_axes=(None, None, None, None, 0), out_axes=None, devices=devices)
-    return _OnDevices(by_device, devices)
+    return OnDevices(by_device, devices)
 
 
-def probabilities(
-    model: nn.Module, variables: Any, images: jax.Array, *, mean: Sequence[float], std: Sequence[float], views: str
-) -> jax.Array:
-    """Probabilities (B, K) of the classes of images (B, H, W, C) uint8, by the logits that are evaluated."""
-    return nn.softmax(logits_of(model, variables, images, mean=mean, std=std, views=views))
-
-
-def logits_of(
-    model: nn.Module, variables: Any, images: jax.Array, *, mean: Sequence[float], std: Sequence[float], views: str
-) -> jax.Array:
-    """Logits (B, K) of images (B, H, W, C) uint8, averaged over the `views` of `augment.evaluation_views`."""
-    seen, weights = evaluation_views(normalize(images.astype(jnp.float32) / 255, mean, std), views)
+def average_logits(model: nn.Module, variables: Any, images: jax.Array, views: str = 'none') -> jax.Array:
+    """Logits (B, K) of images (B, H, W, C), normalised, averaged over the `views` of `augment.evaluation_views`."""
+    seen, weights = evaluation_views(images, views)
     logits: Any = model.apply(variables, seen.reshape(-1, *images.shape[1:]), train=False)
     if len(weights) > 1:
         logits = jnp.tensordot(weights, logits.reshape(*seen.shape[:2], -1), 1, precision='highest')
     return logits
 
 
-class _OnDevices:
-    """Wraps a `pmap`: takes the indices (D, …) of all processes' devices, and hands this process's to it.
-
-    It returns arrays that all processes share. On several CPU devices it waits for each call, as collectives deadlock
-    there when calls run ahead.
-    """
+class OnDevices:
+    """A `pmap` that takes, as its last argument, the indices (D, …) of all processes' devices."""
 
     def __init__(self, step: Any, devices: Sequence[jax.Device]):
         self._step = step
@@ -310,6 +286,10 @@ class _OnDevices:
         self._mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
 
     def __call__(self, *arguments: Any) -> Any:
+        """Returns arrays that all processes share.
+
+        On several CPU devices it waits for each call, as collectives deadlock there when calls run ahead.
+        """
         results = self._step(*self._localized(arguments))
         devices = self._mesh.devices
         if len(self._local) < devices.size:  # `pmap` returns each process its own copies
@@ -319,6 +299,7 @@ class _OnDevices:
         return jax.block_until_ready(results) if devices.size > 1 and devices[0].platform == 'cpu' else results
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """As that of `jax.jit`: for arguments of which shapes and placement are enough."""
         return self._step.lower(*self._localized(arguments))
 
     def _localized(self, arguments: Sequence[Any]) -> Sequence[Any]:

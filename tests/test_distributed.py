@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -181,6 +184,8 @@ def test_stopped_by_signals_and_killed_the_run_goes_on_to_the_same_bits(tmp_path
     assert 'going on after step' in outputs[0]
     finish_well(left_alone)
     check_same_run(tmp_path / 'run', tmp_path / 'whole')
+    first, second = finish_well(start_processes(2, 1, *flags))
+    assert first.count('after epoch') == 1 and not second  # a finished run's result is printed once
 
 
 def test_processes_rewind_and_give_up_together(tmp_path, start_processes, sgd):
@@ -190,6 +195,37 @@ def test_processes_rewind_and_give_up_together(tmp_path, start_processes, sgd):
     assert outputs[0].count('rewind 1 of at most 1: the training loss is nan at step') == 1
     assert all('go on with more --config.max_rewinds' in error and error.count('\n') == 1 for error in errors)
     assert rundir.read_failure(tmp_path / 'run')[1] == 3
+
+
+# Two agreements, one after the other; in the first one process 0 wants something from its third call on, in the second
+# process 1. A barrier stands for the result of the step before, for which a process waits.
+_AGREE = """
+import sys
+from flax_dlvc import distributed
+with distributed.joined():
+    for who in range(2):
+        agree = distributed.Agreement()
+        answers = []
+        for call in range(10):
+            answers.append(agree(7 + who if call > 2 and distributed.process_id() == who else 0))
+            distributed.barrier(f'{who}, {call}')
+        print(answers, file=sys.stderr)
+"""
+
+
+def test_all_processes_act_on_the_same_call_and_each_agreement_begins_anew():
+    environment = os.environ | {'COORDINATOR_ADDRESS': f'127.0.0.1:{free_port()}', 'NUM_PROCESSES': '2'}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', _AGREE], env=environment | {'PROCESS_ID': number}, stderr=subprocess.PIPE, text=True
+        )
+        for number in '01'
+    ]
+    answers = [[json.loads(line) for line in process.communicate()[1].splitlines()] for process in processes]
+    assert answers[0] == answers[1]
+    for who, of_one in enumerate(answers[0]):
+        first = of_one.index(7 + who)
+        assert 3 <= first <= 6 and of_one == [0] * first + [7 + who] * (10 - first)
 
 
 def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_processes, flags):

@@ -95,6 +95,27 @@ def test_each_model_has_a_place_to_look_at(model, grid):
     assert len(np.unique(heat)) > 4
 
 
+class Shrinking(nn.Module):
+    """Exposes maps of the given sizes, in turn."""
+
+    sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for number, size in enumerate(self.sizes):
+            x = expose(self, f'map_{number}', jax.image.resize(x, (len(x), size, size, 3), 'linear') ** 2)
+        return x.mean(axis=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'chosen'),
+    [((8, 4, 2, 1), 4), ((2, 1), 2), ((1, 3, 2), 3), ((32, 16, *(8,) * 8, 6, 1), 6)],  # map_10 is the last of the large
+)
+def test_grad_cam_takes_the_last_large_map_or_else_the_largest(sizes, chosen):
+    heat = explain(Shrinking(sizes), {}, jnp.asarray(IMAGES), jnp.array([0, 0]))
+    assert heat.shape == (2, chosen, chosen)
+
+
 def test_layers_count_in_their_order():
     """With eleven layers, transformer_10 comes last although '10' sorts before '2'."""
     model = ViT(num_classes=5, embed_dim=8, hidden_dim=8, num_heads=2, num_layers=11, patch_size=16)

@@ -124,6 +124,8 @@ def test_files_folders_and_globs(tmp_path):
     assert found('*.png') == ['[e].png', 'b.png']
     assert found('**/*.webp') == ['c/d.webp']
     assert found('?') == ['c/d.webp']  # a folder
+    assert found('**/c') == ['c/d.webp']  # a folder, once more
+    assert [path.name for path in find_images([f'{tmp_path}/**/'])] == ['[e].png', 'a.JPG', 'b.png', 'd.webp']
     assert found('**') == ['[e].png', 'a.JPG', 'b.png', 'c/d.webp', 'c/notes.txt', 'c/paper.pdf']
     assert found('[e].png') == ['[e].png']  # a file of that very name
     assert found('missing.png', '*.gif') == ['missing.png', '*.gif']

@@ -41,6 +41,11 @@ def make_model(dropout_rate=0.0, name='cnn', **options):
     )
 
 
+def logits_of(model, variables, images, views='none'):
+    """Logits of uint8 images."""
+    return steps.average_logits(model, variables, steps.normalize(images.astype(np.float32) / 255, MEAN, STD), views)
+
+
 def train(
     split,
     *,
@@ -299,7 +304,7 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
     state = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1)
     variables = jax.device_put(state.variables, steps.replicated(devices))
     images, labels = data.place(split, steps.replicated(devices))
-    evaluation_step = steps.make_evaluation_step(model=model, mean=MEAN, std=STD, devices=devices)
+    evaluation_step = steps.make_evaluation_step(partial(logits_of, model), devices)
     totals = jax.device_put((Sums.empty(NUM_CLASSES), Predictions.empty(NUM_EXAMPLES)), steps.replicated(devices))
     small = 50 if batch_size == 2 else NUM_EXAMPLES  # a batch size of 2 on everything would take long
     for indices in steps.calls(data.evaluation_batches(small, batch_size, num_devices), 0, steps_per_call):
@@ -322,7 +327,7 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
 def test_a_call_of_one_step_has_no_loop(split):
     model = make_model()
     state = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1)
-    evaluation_step = steps.make_evaluation_step(model=model, mean=MEAN, std=STD, devices=jax.devices()[:1])
+    evaluation_step = steps.make_evaluation_step(partial(logits_of, model), jax.devices()[:1])
     totals = Sums.empty(NUM_CLASSES), Predictions.empty(NUM_EXAMPLES)
 
     def program(num_steps):
@@ -337,7 +342,7 @@ def test_logits_are_averaged_over_the_views(split):
     model, images = make_model(), split.images[:4]
     variables = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1).variables
     as_is, mirrored, both = (
-        steps.logits_of(model, variables, each, mean=MEAN, std=STD, views=views)
+        logits_of(model, variables, each, views)
         for each, views in ((images, 'none'), (images[:, :, ::-1], 'none'), (images, 'mirror'))
     )
     assert np.abs(as_is - mirrored).max() > 1e-2
