@@ -241,7 +241,7 @@ class Checkpoints:
             newest, damage = damaged[0]
             raise ConfigError(
                 f'{self.directory} holds no whole checkpoint: that of step {newest} {damage}; '
-                'remove the run directory to start anew'
+                'bring back what saved it, or train anew in another --workdir'
             )
         return None
 
@@ -254,7 +254,7 @@ class Checkpoints:
         except ConfigError as error:
             raise ConfigError(
                 f'{error}; it is the best of this run: test the newest with evaluate --step latest, '
-                'or remove the run directory to start anew'
+                'or train anew in another --workdir'
             ) from error
 
     def find(self, which: str) -> int:
@@ -312,8 +312,8 @@ class Checkpoints:
             shapes = _shapes(saved)
         if not shapes:
             raise DamagedError('is damaged (its description is missing)')
-        if shapes != _shapes(like):
-            raise DamagedError('is of another model than config.json describes')
+        if different := dict(_shapes(like).items() ^ shapes.items()):
+            raise DamagedError(f'has other arrays than its config and this code make, first {min(different)}')
         # By the paths of arrays: what is empty may be new since, or gone.
         targets = _by_path(like)
         target = jax.tree.map_with_path(lambda path, _: targets[_name(path)], saved)

@@ -266,7 +266,7 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             'splits.validation is empty, so there is nothing to stop early by: set early_stopping.patience to 0'
         )
-    if config.schedule.warmup_epochs > config.num_epochs:
+    if 'warmup_epochs' in SCHEDULE_FIELDS[config.schedule.name] and config.schedule.warmup_epochs > config.num_epochs:
         raise ConfigError('schedule.warmup_epochs must not exceed num_epochs')
 
 
@@ -308,20 +308,27 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` wrote; a field that is newer than the text gets its default, with which nothing changes.
 
     Raises:
         ConfigError: not JSON, or not a valid config.
     """
     try:
         values = json.loads(text)
-        if not isinstance(values, dict):
-            raise TypeError('not a JSON object')
-        config = ConfigDict(_lists_to_tuples(values))
+        if not isinstance(values, dict) or not values:
+            raise TypeError('not a JSON object with fields')
+        config = ConfigDict(_completed(_lists_to_tuples(values), defaults().to_dict()))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f'not a config: {_one_line(error)}') from error
     validate(config)
     return config
+
+
+def _completed(values: Any, usual: Any) -> Any:
+    """The values, and the usual ones of what they lack, in groups as well."""
+    if not isinstance(values, dict) or not isinstance(usual, dict):
+        return values
+    return values | {key: _completed(values.get(key, usual[key]), usual[key]) for key in usual}
 
 
 def _lists_to_tuples(value: Any) -> Any:

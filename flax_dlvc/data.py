@@ -62,26 +62,30 @@ class Dataset:
     def describe(self) -> dict[str, Any]:
         """All but the examples, of whose labels there is a checksum; `without_examples` makes a dataset of it."""
         splits = {split: getattr(self, split) for split in SPLITS}
-        return {
+        description: dict[str, Any] = {
             'name': self.name,
             'class_names': list(self.class_names),
             'image_shape': list(self.image_shape),
             'mean': list(self.mean),
             'std': list(self.std),
             'num_examples': {name: len(split) for name, split in splits.items()},
-            'labels_crc32': {name: zlib.crc32(split.labels.astype('<i4').tobytes()) for name, split in splits.items()},
         }
+        if self.train.labels.min() >= 0:
+            description['labels_crc32'] = {
+                name: zlib.crc32(split.labels.astype('<i4').tobytes()) for name, split in splits.items()
+            }
+        return description
 
 
 def without_examples(description: dict[str, Any]) -> Dataset:
-    """A dataset as `Dataset.describe` told it; its images are black and take no memory.
+    """A dataset as `Dataset.describe` told it; its images are black and take no memory, its labels are -1.
 
     Raises:
         KeyError, TypeError, ValueError: the description is not one.
     """
     height, width, channels = description['image_shape']
     splits = {
-        split: Split(np.broadcast_to(np.uint8(0), (size, height, width, channels)), np.zeros(size, np.int32))
+        split: Split(np.broadcast_to(np.uint8(0), (size, height, width, channels)), np.full(size, -1, np.int32))
         for split, size in description['num_examples'].items()
     }
     mean, std = tuple(map(float, description['mean'])), tuple(map(float, description['std']))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import distributed, rundir, runtime, steps, stopping
 from flax_dlvc.checkpoint import Checkpoints, Progress
-from flax_dlvc.config import defaults, differing_fields, without_effect
+from flax_dlvc.config import defaults, differing_fields, validate, without_effect
 from flax_dlvc.errors import ConfigError, DivergedError, StoppedError, noted_signals
 from flax_dlvc.evaluate import describe, describe_origin, evaluate
 from flax_dlvc.metrics import Sums, summarize
@@ -41,22 +41,24 @@ class Output:
     display: Display
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Trains, stops, and tests the best checkpoint; goes on where an interrupted run of the same config was.
 
     Args:
-        config: a valid config.
+        config: what to run.
         workdir: the run directory; made if it does not exist.
 
     Returns:
         What `result.json` holds.
 
     Raises:
-        ConfigError: the dataset, the devices or the directory do not fit the config.
+        ConfigError: the config is not valid, or the dataset, the devices or the directory do not fit it.
         DivergedError: a loss is not finite.
         PeerError: the run has several processes, and one of them is missing.
         StoppedError: SIGTERM, SIGINT or SIGHUP arrived; the state is saved.
     """
+    validate(config)
+    workdir = Path(workdir)
     result = rundir.check(workdir, config)
     if result is None:
         with distributed.joined():

@@ -27,6 +27,8 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int, peak: float | jax.Ar
         after_warmup = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
     elif config.schedule.name == 'linear':
         after_warmup = optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup_steps))
+    elif config.schedule.name == 'constant':
+        after_warmup = optax.constant_schedule(peak)
     elif config.schedule.name == 'exponential':
         decay = optax.exponential_decay(peak, 1, config.schedule.decay_per_epoch)
 
@@ -34,7 +36,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int, peak: float | jax.Ar
             # optax would divide as floats, which XLA makes a product: 61 steps by 1/61 are less than an epoch.
             return decay(step // steps_per_epoch)
     else:
-        after_warmup = optax.constant_schedule(peak)
+        raise ValueError(f'no schedule is called {config.schedule.name!r}')
     if not warmup_steps:
         return after_warmup
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after_warmup], [warmup_steps])
@@ -56,11 +58,13 @@ def make_optimizer(
         update = optax.adamw(schedule, weight_decay=optimizer.weight_decay, mask=named('kernel'))
     elif optimizer.name == 'muon':
         update = make_muon(config, schedule, steps_per_epoch, learning_rate)
-    else:
+    elif optimizer.name == 'sgd':
         update = optax.chain(
             optax.add_decayed_weights(optimizer.weight_decay, mask=named('kernel')),
             optax.sgd(schedule, momentum=optimizer.momentum),
         )
+    else:
+        raise ValueError(f'no optimizer is called {optimizer.name!r}')
     if optimizer.gradient_clip_norm > 0:
         update = optax.chain(optax.clip_by_global_norm(optimizer.gradient_clip_norm), update)
     return update

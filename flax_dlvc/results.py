@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from flax_dlvc import rundir, stopping
-from flax_dlvc.config import CROP_FIELDS, PARTITION_FIELDS, defaults, differing_fields, flatten, without_effect
+from flax_dlvc.config import (
+    CONFIGS,
+    CROP_FIELDS,
+    PARTITION_FIELDS,
+    defaults,
+    differing_fields,
+    flatten,
+    without_effect,
+)
 from flax_dlvc.data import is_same
 from flax_dlvc.errors import ConfigError
 from flax_dlvc.words import plural
@@ -332,7 +340,13 @@ def config_name(model: str, regularization: str) -> str:
 
 
 def base_config(name: str) -> ConfigDict:
-    """What a config file of the package says."""
+    """What a config file of the package says.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if not (CONFIGS / f'{name}.py').is_file():
+        raise ConfigError(f'there is no {CONFIGS / name}.py; a study takes each model and regularization from a file')
     config = importlib.import_module(f'configs.{name}').get_config()
     config.name = name
     return config

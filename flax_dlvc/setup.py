@@ -86,10 +86,11 @@ class Setup:
         )
 
     def smallest_map(self) -> int:
-        """Pixels of the smallest map that the model hands to `layers.expose`."""
+        """Pixels of the smallest map that the model hands to `layers.expose`, or of the image where it hands none."""
         image = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), np.float32)
         variables = jax.eval_shape(partial(self.model.init, train=False, mutable=True), jax.random.key(0), image)
-        return min(math.prod(found.shape[1:3]) for found in jax.tree.leaves(variables['intermediates']))
+        maps = jax.tree.leaves(variables.get('intermediates', {}))
+        return min((math.prod(found.shape[1:3]) for found in maps), default=math.prod(self.dataset.image_shape[:2]))
 
     @cached_property
     def schedule(self) -> optax.Schedule:

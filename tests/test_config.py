@@ -149,14 +149,22 @@ def test_missing_field(field):
     *parents, last = field.split('.')
     for parent in parents:
         group = group[parent]
-    del group[last]
-    refused(f"^field '{re.escape(field)}' is missing", from_json, json.dumps(values))
+    usual = group.pop(last)
+    refused(f"^field '{re.escape(field)}' is missing", validate, ConfigDict(values))
+    # A run directory's config.json may be older than the field.
+    assert flatten(from_json(json.dumps(values)))[field] == usual
 
 
 def test_missing_group():
-    values = default.get_config().to_dict()
+    config = default.get_config()
+    config.augment.cutout, config.seed = 8, 3
+    values = config.to_dict()
+    assert flatten(from_json(json.dumps(values))) == flatten(config)
     del values['augment']
-    refused(r"^field 'augment\.\w+' is missing", from_json, json.dumps(values))
+    refused(r"^field 'augment\.\w+' is missing", validate, ConfigDict(values))
+    expected = flatten(config) | {'augment.cutout': 0}
+    assert flatten(from_json(json.dumps(values))) == expected
+    refused("^unknown field 'augment'", from_json, json.dumps(values | {'augment': 3}))
 
 
 # Field, values just inside the range, values just outside.

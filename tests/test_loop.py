@@ -142,6 +142,20 @@ def test_a_finished_run_is_not_run_again(finished_run, capsys):
     assert f'accuracy {result["test"]["accuracy"]:.4f}' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [('dropout', 0.3, "unknown field 'dropout'"), ('dropout_rate', 1.5, r'dropout_rate must be in \[0, 1\)')],
+)
+def test_a_config_that_is_not_valid_is_refused_before_anything_is_written(
+    small_config, tmp_path, field, value, message
+):
+    with small_config.unlocked():
+        small_config[field] = value
+    with pytest.raises(ConfigError, match=message):
+        loop.run(small_config, str(tmp_path / 'run'))
+    assert not any(tmp_path.iterdir())
+
+
 def test_another_config_is_refused_and_what_differs_is_named(finished_run):
     config, workdir, _ = finished_run
     other = config.copy_and_resolve_references()

@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +157,23 @@ def test_batch_norm_of_a_single_value_is_refused(small_config, changes, is_refus
     small_config.update_from_flattened_dict({'model.name': 'resnet18'} | changes)
     with pytest.raises(ConfigError, match='one value of a channel') if is_refused else contextlib.nullcontext():
         set_up(small_config)
+
+
+def test_of_a_model_that_exposes_no_map_the_image_is_the_smallest(small_config, monkeypatch):
+    monkeypatch.setitem(MODELS, 'cnn', Flat)
+    assert set_up(small_config).smallest_map() == 32 * 32
+
+
+class Flat(nn.Module):
+    """Logits that no map is shown of."""
+
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
 
 
 def test_a_model_that_begins_from_data_sees_all_images_of_a_small_dataset(small_config):

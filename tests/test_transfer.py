@@ -1,5 +1,7 @@
 """What a run keeps of the trained model that it begins from."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +66,16 @@ def test_a_directory_whose_weights_cannot_be_saved_does_not_pass_for_a_run(tmp_p
         save_as_run(tmp_path / 'run', setup, variables)
     assert rundir.check(tmp_path / 'run', setup.config) is None
     assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['.lock', 'notes.txt']
+
+
+def test_what_is_saved_without_examples_is_evaluated_on_any_labels(trained):
+    setup, _ = load_trained(trained)
+    assert set(setup.dataset.test.labels) == {-1}
+    images = np.zeros((10, 32, 32, 3), np.uint8)
+    found = dataclasses.replace(setup.dataset, test=data.Split(images, np.arange(10, dtype=np.int32) % 5))
+    rundir.check_dataset(trained, found)
+    with pytest.raises(ConfigError, match=r'not what .* says of it any more'):
+        rundir.check_dataset(trained, dataclasses.replace(found, test=data.Split(images[:9], found.test.labels[:9])))
 
 
 def test_nothing_fits(trained, small_vit_config):
