@@ -101,5 +101,8 @@ def _choose(workdir: Path, setup: Setup, state: steps.TrainState) -> tuple[dict[
 
     chosen = jax.tree_util.tree_map_with_path(choose, fresh)
     if len(reinitialized) == len(jax.tree.leaves(fresh)):
-        raise ConfigError(f'nothing of {workdir} fits {setup.config.model.name}; see --config.init_from')
+        raise ConfigError(
+            f'no array of {workdir} has the name and the shape of one of {setup.config.model.name}; '
+            'choose another --config.init_from'
+        )
     return chosen, reinitialized
