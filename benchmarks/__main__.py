@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if 'startup' in arguments.parts:
             keep('startup', model, overhead.start_up(model, changes, rounds=min(rounds, 3)))
         if 'overhead' in arguments.parts:
-            keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2, rounds=1))
+            keep('overhead', model, overhead.loop(model, changes, epochs=1 if arguments.quick else 2))
         if 'saving' in arguments.parts:
             keep('saving', model, overhead.saving(model, PART_OF_AN_EPOCH.get(model, {}) | changes, turns=rounds))
         if 'scaling' in arguments.parts:

@@ -148,11 +148,11 @@ def bare(model: str, changes: dict[str, Any], connection: Any) -> None:
     serve(connection, {'train': train, 'forward': forward, 'validate': validate, 'images': size_of_epoch})
 
 
-def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> dict[str, list[float]]:
+def loop(model: str, changes: dict[str, Any], *, epochs: int) -> dict[str, list[float]]:
     """Compares whole epochs of `flax_dlvc.main` with the bare steps, and `evaluate` with the bare forward pass.
 
     Returns:
-        In each round, seconds: `epoch` of main (training, validation, saving, logging; the first one, which compiles,
+        Seconds: `epoch` of main (training, validation, saving, logging; the first one, which compiles,
         left out), `train` of the same steps bare, `validate` (flax_dlvc.evaluate), `forward` (the model alone on
         batches that lie ready). And `images` of an epoch.
     """
@@ -161,13 +161,12 @@ def loop(model: str, changes: dict[str, Any], *, epochs: int, rounds: int) -> di
     for request in (('train', False), ('validate',), ('forward',)):
         worker.ask(*request)  # compiles
     seconds: dict[str, list[float]] = {'epoch': [], 'train': [], 'validate': [], 'forward': []}
-    for _ in range(rounds):
-        seconds['train'].append(worker.ask('train')[1])
-        seconds['epoch'] += _epoch_seconds(('-m', 'flax_dlvc.main'), flags, epochs + 1)
-        seconds['train'].append(worker.ask('train')[1])
-        for _ in range(3):
-            seconds['validate'].append(worker.ask('validate')[1])
-            seconds['forward'].append(worker.ask('forward')[1])
+    seconds['train'].append(worker.ask('train')[1])
+    seconds['epoch'] += _epoch_seconds(('-m', 'flax_dlvc.main'), flags, epochs + 1)
+    seconds['train'].append(worker.ask('train')[1])
+    for _ in range(3):
+        seconds['validate'].append(worker.ask('validate')[1])
+        seconds['forward'].append(worker.ask('forward')[1])
     seconds['images'] = [worker.ask('images')[0]]
     worker.stop()
     return seconds

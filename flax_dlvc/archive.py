@@ -328,6 +328,7 @@ def _read_pickle(content: bytes) -> Any:
 
     Only the opcodes of dictionaries, lists, tuples, strings, numbers and numpy arrays are known, and none calls
     anything. An array comes back as an `_Inert` with its state: (version, shape, dtype, Fortran order, bytes as str).
+    An `Unpickler` that looks up nothing but numpy's array is no way out: damaged pickles make it take all memory.
 
     Raises:
         ValueError, or another error of a failed look-up: anything else in the pickle, or a damaged one.

@@ -47,7 +47,7 @@ def explain(model: nn.Module, variables: Any, images: jax.Array, classes: jax.Ar
     else:
         maps = {name: sown[0] for name, sown in intermediates.items() if name.startswith('map_')}
         if not maps:
-            raise ConfigError(f'{type(model).__name__} shows no maps, map_0 and so on, to explain it by; see layers.expose')
+            raise ConfigError(f'{type(model).__name__} shows no maps (map_0 …) to explain it by; see layers.expose')
         *_, last = sorted(maps, key=lambda name: min(*maps[name].shape[1:3], SMALLEST_MAP))  # of equals, the last one
         heat = grad_cam(model, variables, images, classes, last, maps)
     return heat / jnp.maximum(heat.max(axis=(1, 2), keepdims=True), jnp.finfo(heat.dtype).tiny)

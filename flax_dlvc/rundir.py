@@ -1,6 +1,7 @@
-"""The run directory's text files: config.json, dataset.json, metrics.jsonl, result.json, evaluation-SPLIT.json.
+"""The run directory's text files.
 
-Each is written whole to a temporary file that then takes its name, so a reader never sees half of one.
+They are config.json, dataset.json, metrics.jsonl, result.json, evaluation-SPLIT.json and failure.json. Each is written
+whole to a temporary file that then takes its name, so a reader never sees half of one.
 """
 
 import contextlib

@@ -31,6 +31,7 @@ from flax_dlvc.errors import (
     StoppedError,
     StorageError,
     existing_directory,
+    first_line,
     named_path,
     noted_signals,
     run_command,
@@ -89,7 +90,7 @@ def _in_turn(waiting: Sequence[Planned], board: Board) -> None:
         except CommandError as error:
             _ended(planned, board, str(error), error.exit_code)
         except Exception as error:  # whatever a device makes of a model that is too large for it
-            _ended(planned, board, f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+            _ended(planned, board, f'{type(error).__name__}: {first_line(error)}')
 
 
 def share(setup: 'Setup | None', config: ConfigDict) -> 'Setup':

@@ -80,7 +80,9 @@ def test_what_is_saved_without_examples_is_evaluated_on_any_labels(trained):
 
 def test_nothing_fits(trained, small_vit_config):
     setup = make_setup(small_vit_config, num_classes=5, channels=3)
-    with pytest.raises(ConfigError, match=r'no array of .*run has the name and the shape of one of vit; choose another --config\.init'):
+    with pytest.raises(
+        ConfigError, match=r'no array of .*run has the name and the shape of one of vit; choose another --config\.init'
+    ):
         begin_from(trained, setup, setup.create_state())
 
 
