@@ -152,9 +152,9 @@ def loop(model: str, changes: dict[str, Any], *, epochs: int) -> dict[str, list[
     """Compares whole epochs of `flax_dlvc.main` with the bare steps, and `evaluate` with the bare forward pass.
 
     Returns:
-        Seconds: `epoch` of main (training, validation, saving, logging; the first one, which compiles,
-        left out), `train` of the same steps bare, `validate` (flax_dlvc.evaluate), `forward` (the model alone on
-        batches that lie ready). And `images` of an epoch.
+        Seconds: `epoch` of main (training, validation, saving, logging; the first one, which compiles, left out),
+        `train` of the same steps bare, `validate` (flax_dlvc.evaluate), `forward` (the model alone on batches that lie
+        ready). And `images` of an epoch.
     """
     flags = main_flags(model, changes | {'num_epochs': epochs + 1, 'early_stopping.patience': 0})
     worker = Contender(bare, model, changes)

@@ -78,14 +78,14 @@ class Dataset:
 
 
 def without_examples(description: dict[str, Any]) -> Dataset:
-    """A dataset as `Dataset.describe` told it; its images are black and take no memory, its labels are -1.
+    """A dataset as `Dataset.describe` told it; its images are black, its labels -1, and neither takes memory.
 
     Raises:
         KeyError, TypeError, ValueError: the description is not one.
     """
     height, width, channels = description['image_shape']
     splits = {
-        split: Split(np.broadcast_to(np.uint8(0), (size, height, width, channels)), np.full(size, -1, np.int32))
+        split: Split(np.broadcast_to(np.uint8(0), (size, height, width, channels)), np.broadcast_to(np.int32(-1), size))
         for split, size in description['num_examples'].items()
     }
     mean, std = tuple(map(float, description['mean'])), tuple(map(float, description['std']))
