@@ -213,7 +213,8 @@ def _check_disjoint(slices: dict[str, list[tuple[str, int, int]]]) -> None:
     ranges = sorted((*range_, split) for split, ranges in slices.items() for range_ in ranges)
     for (base, _, stop, split), (next_base, next_start, _, next_split) in itertools.pairwise(ranges):
         if base == next_base and next_start < stop:
-            raise ConfigError(f'splits.{split} and splits.{next_split} share examples of {base!r}; make them disjoint')
+            names = ' and '.join(dict.fromkeys((f'splits.{split}', f'splits.{next_split}')))
+            raise ConfigError(f'{names}: slices share examples of {base!r}; make them disjoint')
 
 
 def _check_validation(source: '_Digits | Folder | _Tfds', slices: dict[str, list[tuple[str, int, int]]]) -> None:
@@ -255,6 +256,11 @@ def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
             f'batch_size {config.batch_size} is larger than the training split of {len(dataset.train)} examples; '
             'set --config.batch_size'
         )
+    for field, pixels in (('random_translate', config.augment.random_translate), ('cutout', config.augment.cutout)):
+        if pixels >= min(height, width):
+            raise ConfigError(
+                f'augment.{field} {pixels} is all of the {height}x{width} images; set --config.augment.{field}'
+            )
     if config.model.name == 'vit' and (height % config.model.patch_size or width % config.model.patch_size):
         raise ConfigError(f'model.patch_size {config.model.patch_size} does not divide the {height}x{width} images')
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
 from flax_dlvc.augment import make_batch_augmentation
-from flax_dlvc.config import BATCH_NORM_MODELS
+from flax_dlvc.config import BATCH_NORM_MODELS, without_effect
 from flax_dlvc.errors import ConfigError, first_line
 from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
@@ -292,13 +292,14 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
         if images == 1 and setup.smallest_map() == 1:
             raise ConfigError(
                 'batch norm has one value of a channel at a time, which it turns into zero; set a larger '
-                '--config.batch_size, a smaller --config.accumulate_steps or --config.synchronize_batch_norm'
+                '--config.batch_size, a smaller --config.accumulate_steps or, of several devices, '
+                '--config.synchronize_batch_norm'
             )
     for field, epochs in (
         ('num_epochs', config.num_epochs),
         ('optimizer.whitening_bias_epochs', config.optimizer.whitening_bias_epochs),
     ):
-        if epochs * setup.steps_per_epoch >= 2**31:
+        if field not in without_effect(config) and epochs * setup.steps_per_epoch >= 2**31:
             raise ConfigError(f'{field} {epochs} is too many: steps are counted in 31 bits; set --config.{field}')
     return setup
 

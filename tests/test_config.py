@@ -439,7 +439,7 @@ def test_muon_does_not_train_the_vit():
     config = with_field('optimizer.name', 'muon')
     validate(config)
     config.model.name = 'vit'
-    refused("optimizer.name 'muon' trains convolutions", validate, config)
+    refused("optimizer.name 'muon' is for convolutional networks", validate, config)
 
 
 def test_fields_of_other_models_and_of_what_is_off_have_no_effect():
