@@ -241,7 +241,7 @@ class Checkpoints:
             newest, damage = damaged[0]
             raise ConfigError(
                 f'{self.directory} holds no whole checkpoint: that of step {newest} {damage}; '
-                'bring back what saved it, or train anew in another --workdir'
+                'bring back the files or the version that it was saved with, or train anew in another --workdir'
             )
         return None
 

@@ -279,7 +279,7 @@ def _validate_vit(config: ConfigDict) -> None:
     if model.patch_stem == 'convolutional' and model.embed_dim < 4:
         raise ConfigError("model.patch_stem 'convolutional' begins with model.embed_dim // 4 features: set 4 or more")
     if config.optimizer.name == 'muon':
-        raise ConfigError("optimizer.name 'muon' is for convolutional networks; train the vit by 'adamw'")
+        raise ConfigError("optimizer.name 'muon' is for convolutional networks; train the vit with 'adamw'")
 
 
 def _same_type(value: Any, example: Any) -> bool:

@@ -256,11 +256,6 @@ def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
             f'batch_size {config.batch_size} is larger than the training split of {len(dataset.train)} examples; '
             'set --config.batch_size'
         )
-    for field, pixels in (('random_translate', config.augment.random_translate), ('cutout', config.augment.cutout)):
-        if pixels >= min(height, width):
-            raise ConfigError(
-                f'augment.{field} {pixels} is all of the {height}x{width} images; set --config.augment.{field}'
-            )
     if config.model.name == 'vit' and (height % config.model.patch_size or width % config.model.patch_size):
         raise ConfigError(f'model.patch_size {config.model.patch_size} does not divide the {height}x{width} images')
 

@@ -36,8 +36,8 @@ class ImageError(Exception):
 def find_images(names: Iterable[str]) -> Iterator[Path]:
     """Every file that the names stand for: files, folders (with all images below them) and globs of both.
 
-    Each name's are sorted, and each is there once. A name that stands for nothing is yielded as it is: reading it says
-    what is wrong with it.
+    A glob's matches are sorted, and so are a folder's images; each is there once. A name that stands for nothing is
+    yielded as it is: reading it says what is wrong with it.
     """
     for name in names:
         matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH110, PTH207

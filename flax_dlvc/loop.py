@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
                 num_epochs=config.num_epochs, steps_per_epoch=setup.steps_per_epoch, metric=config.early_stopping.metric
             )
             result = carry_out(setup, workdir, display)
-    if distributed.is_main():  # of a finished run, too, which the processes do not join for
+    if distributed.is_main() or distributed.num_processes() == 1:  # a finished run's processes do not join
         ended = 'stopped early' if result['stopped_early'] else 'ended'
         print(f'{result["config_name"]} on {result["dataset"]} {ended} after epoch {result["epochs_run"]}')
         chosen = 'best' if config.splits.validation else 'last'

@@ -20,9 +20,9 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int, peak: float | jax.Ar
     peak over 30 % of the run, then down again.
     """
     total_steps = config.num_epochs * steps_per_epoch
-    warmup_steps = round(config.schedule.warmup_epochs * steps_per_epoch)
     if config.schedule.name == 'one_cycle':
         return optax.cosine_onecycle_schedule(total_steps, peak)
+    warmup_steps = round(config.schedule.warmup_epochs * steps_per_epoch)
     if config.schedule.name == 'cosine':
         after_warmup = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
     elif config.schedule.name == 'linear':

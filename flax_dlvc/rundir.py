@@ -115,7 +115,7 @@ def create(workdir: Path, config: ConfigDict) -> None:
 
 
 def adopt(workdir: Path, config: ConfigDict) -> None:
-    """Brings config.json up to date where `check` allowed another number of epochs, or to carry the run out otherwise.
+    """Brings config.json up to date: fields that are newer, another number of epochs, or another way to carry it out.
 
     A result goes, as the run goes on, unless early stopping made it: that is the longer run's as well. A run that stays
     finished keeps the other fields that it was carried out with.
@@ -126,8 +126,9 @@ def adopt(workdir: Path, config: ConfigDict) -> None:
         adopted.num_epochs = config.num_epochs
     elif result:
         _remove(workdir / 'result.json')  # first: with the new config it would end the run
-    if config_module.flatten(adopted) != config_module.flatten(stored):
-        write_text(workdir / 'config.json', config_module.to_json(adopted))
+    text = config_module.to_json(adopted)
+    if text != (workdir / 'config.json').read_text('utf-8'):  # which may lack fields, too
+        write_text(workdir / 'config.json', text)
 
 
 def write_dataset(workdir: Path, dataset: data.Dataset) -> None:
@@ -245,6 +246,13 @@ def read_config(workdir: Path) -> ConfigDict:
         raise ConfigError(f'{workdir / "config.json"}: {error}') from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f'{workdir} is not a run directory: it has no readable config.json') from error
+
+
+def lacking_fields(workdir: Path) -> list[str]:
+    """Fields that a readable config.json does not have, as they are newer; `read_config` gives them their defaults."""
+    values = json.loads((workdir / 'config.json').read_text('utf-8'))
+    there = config_module.flatten(ConfigDict(values))
+    return [field for field in config_module.flatten(config_module.defaults()) if field not in there]
 
 
 def read_result(workdir: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from flax_dlvc import checkpoint, data, decoded, optim, runtime, steps
 from flax_dlvc.augment import make_batch_augmentation
-from flax_dlvc.config import BATCH_NORM_MODELS, without_effect
+from flax_dlvc.config import BATCH_NORM_MODELS
 from flax_dlvc.errors import ConfigError, first_line
 from flax_dlvc.metrics import Predictions, Sums
 from flax_dlvc.models import create_model
@@ -280,6 +280,10 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
             f'accumulate_steps {config.accumulate_steps} does not divide the {config.batch_size // len(devices)} '
             'examples that each device has in a step; set --config.accumulate_steps'
         )
+    for field in ('random_translate', 'cutout'):
+        pixels, side = config.augment[field], min(dataset.image_shape[:2])
+        if pixels >= side:
+            raise ConfigError(f'augment.{field} {pixels} is not below the {side} pixels of the images; set a lower one')
     part = config.batch_size // len(devices) // config.accumulate_steps
     if part == 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):
         raise ConfigError(
@@ -299,7 +303,8 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
         ('num_epochs', config.num_epochs),
         ('optimizer.whitening_bias_epochs', config.optimizer.whitening_bias_epochs),
     ):
-        if field not in without_effect(config) and epochs * setup.steps_per_epoch >= 2**31:
+        is_idle = field == 'optimizer.whitening_bias_epochs' and config.optimizer.name != 'muon'
+        if epochs * setup.steps_per_epoch >= 2**31 and not is_idle:
             raise ConfigError(f'{field} {epochs} is too many: steps are counted in 31 bits; set --config.{field}')
     return setup
 

@@ -29,7 +29,8 @@ def verify(workdir: Path) -> Iterator[Finding]:
     if rundir.is_locked(workdir):
         raise ConfigError(f'a process is training in {workdir}; verify it when the run has ended')
     setup = set_up(rundir.read_config(workdir), training=False)
-    yield 'config.json', None
+    lacking = rundir.lacking_fields(workdir)
+    yield f'config.json (with defaults of {", ".join(lacking)})' if lacking else 'config.json', None
     rundir.check_dataset(workdir, setup.dataset)  # no checkpoint says anything of another one
     yield 'dataset.json', None
     result = rundir.read_result(workdir)

@@ -185,12 +185,6 @@ def test_a_split_with_examples_twice_is_named_once():
     refused(r"^splits\.train: slices share examples of 'train'; make them disjoint$", data.load, config)
 
 
-@pytest.mark.parametrize('field', ['random_translate', 'cutout'])
-def test_an_augmentation_is_smaller_than_the_images(field):
-    data.load(make_config(**{f'augment__{field}': 31}))
-    refused(f'augment.{field} 32 is all of the 32x32 images', data.load, make_config(**{f'augment__{field}': 32}))
-
-
 def test_a_batch_larger_than_the_split():
     data.load(make_config(splits__train='train[:128]'))
     message = refused('batch_size 128 is larger', data.load, make_config(splits__train='train[:127]'))

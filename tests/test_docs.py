@@ -163,7 +163,11 @@ def test_results_are_those_of_the_runs_beside_them():
 
 
 @pytest.mark.parametrize(
-    'name', [results.config_name(*cell) for cell in itertools.product(results.MODELS, results.REGULARIZATIONS)]
+    'name',
+    [
+        results.config_name(*cell)
+        for cell in itertools.product(sorted({model for model, _ in results.REPORT}), results.REGULARIZATIONS)
+    ],
 )
 def test_config_says_what_its_run_with_seed_0_came_to(name):
     run = ROOT / 'docs' / 'results' / 'runs' / name / 'seed_0'

@@ -25,8 +25,8 @@ def test_the_grid_is_models_by_regularizations_by_seeds(tmp_path):
 
 
 def test_a_model_without_config_files_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r'there is no .*configs/convnext\.py; a study takes'):
-        plan(tmp_path, models=['convnext'], regularizations=['none'], seeds=1)
+    with pytest.raises(ConfigError, match=r'there is no .*configs/unknown\.py; a study takes'):
+        plan(tmp_path, models=['unknown'], regularizations=['none'], seeds=1)
 
 
 def test_a_crop_axis_shares_the_files_own_value_and_spares_what_does_not_crop(tmp_path):

@@ -142,6 +142,15 @@ def test_a_finished_run_is_not_run_again(finished_run, capsys):
     assert f'accuracy {result["test"]["accuracy"]:.4f}' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(('count', 'number', 'is_shown'), [('2', '0', True), ('2', '1', False), ('1', '1', True)])
+def test_of_several_processes_one_shows_a_finished_run(finished_run, capsys, monkeypatch, count, number, is_shown):
+    config, workdir, _ = finished_run
+    monkeypatch.setenv('NUM_PROCESSES', count)
+    monkeypatch.setenv('PROCESS_ID', number)
+    loop.run(config, workdir)
+    assert ('after epoch' in capsys.readouterr().out) == is_shown
+
+
 @pytest.mark.parametrize(
     ('field', 'value', 'message'),
     [('dropout', 0.3, "unknown field 'dropout'"), ('dropout_rate', 1.5, r'dropout_rate must be in \[0, 1\)')],

@@ -44,10 +44,10 @@ def test_the_fields_of_each_schedule_are_those_that_it_takes():
 
 
 def test_a_name_without_a_branch_trains_nothing_else():
-    with pytest.raises(ValueError, match="no schedule is called 'stepwise'"):
-        make_schedule(make_config(**{'schedule.name': 'stepwise'}), STEPS, 0.5)
-    with pytest.raises(ValueError, match="no optimizer is called 'lion'"):
-        make_optimizer(make_config(**{'optimizer.name': 'lion'}), STEPS, 0.5)
+    with pytest.raises(ValueError, match="no schedule is called 'unknown'"):
+        make_schedule(make_config(**{'schedule.name': 'unknown'}), STEPS, 0.5)
+    with pytest.raises(ValueError, match="no optimizer is called 'unknown'"):
+        make_optimizer(make_config(**{'optimizer.name': 'unknown'}), STEPS, 0.5)
 
 
 def test_the_fields_of_each_optimizer_are_those_that_it_takes():

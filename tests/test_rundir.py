@@ -220,6 +220,20 @@ def test_adopting_another_number_of_epochs(workdir, config):
     assert rundir.read_config(workdir).num_epochs == config.num_epochs
 
 
+def test_a_run_that_goes_on_gets_the_fields_that_are_newer(workdir, config):
+    path = workdir / 'config.json'
+    whole = path.read_text()
+    rundir.adopt(workdir, config)
+    assert (path.read_text(), rundir.lacking_fields(workdir)) == (whole, [])
+    values = json.loads(whole)
+    del values['augment']['cutout'], values['ema_decay']
+    path.write_text(json.dumps(values))
+    assert rundir.lacking_fields(workdir) == ['augment.cutout', 'ema_decay']
+    assert rundir.check(workdir, config) is None
+    rundir.adopt(workdir, config)
+    assert path.read_text() == whole
+
+
 def test_adopting_another_way_to_carry_it_out(workdir, config):
     config.accumulate_steps, config.evaluation_batch_size = 2, 50
     rundir.write_result(workdir, RESULT)

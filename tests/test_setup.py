@@ -199,9 +199,14 @@ def test_a_model_that_begins_from_data_sees_all_images_of_a_small_dataset(small_
         ({'batch_size': 1, 'augment.cutmix_alpha': 1.0}, 'mixup and cutmix mix the images'),
         ({'num_epochs': 10**9, 'schedule.name': 'linear'}, 'num_epochs 1000000000 is too many'),
         (
-            {'model.name': 'airbench', 'optimizer.name': 'muon', 'optimizer.whitening_bias_epochs': 1e12},
+            {
+                'optimizer.name': 'muon',
+                'optimizer.whitening_bias_epochs': 1e12,
+            },  # airbench has such a bias; Muon counts
             r'optimizer.whitening_bias_epochs 1000000000000\.0 is too many',
         ),
+        ({'augment.cutout': 32}, r'augment\.cutout 32 is not below the 32 pixels of the images'),
+        ({'augment.random_translate': 100}, r'augment\.random_translate 100 is not below the 32 pixels'),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_compiled(small_config, fields, message):
@@ -211,8 +216,13 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_compiled(small_con
 
 
 def test_what_has_no_effect_is_not_refused(small_config):
-    small_config.optimizer.whitening_bias_epochs = 1e12  # of airbench and Muon
-    set_up(small_config)
+    small_config.optimizer.whitening_bias_epochs = 1e12  # of Muon
+    small_config.schedule.name, small_config.schedule.warmup_epochs = 'one_cycle', 1e308  # which warms up by itself
+    small_config.augment.cutout = small_config.augment.random_translate = 31
+    setup = set_up(small_config)
+    setup.lower_train_step(setup.training_calls(1)[0])
+    small_config.augment.cutout = 32
+    set_up(small_config, training=False)  # what was trained so may be evaluated
 
 
 def test_batch_norm_is_synchronized_where_the_config_says_so(small_config):

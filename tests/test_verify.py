@@ -34,6 +34,14 @@ def test_a_whole_run_is_ok(finished_run, command):
     ]
 
 
+def test_fields_that_are_newer_than_a_run_are_named(finished_run, tmp_path):
+    workdir = shutil.copytree(finished_run, tmp_path / 'run')
+    values = json.loads((workdir / 'config.json').read_text())
+    del values['augment']['cutout'], values['max_rewinds']
+    (workdir / 'config.json').write_text(json.dumps(values))
+    assert next(verify.verify(workdir)) == ('config.json (with defaults of augment.cutout, max_rewinds)', None)
+
+
 def test_a_run_that_is_going_on_is_not_called_damaged(finished_run):
     with (
         rundir.lock(finished_run),

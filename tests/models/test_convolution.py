@@ -1,6 +1,7 @@
 """Conv against flax's own, at every shape that the models use."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -132,6 +133,25 @@ def test_what_else_conv_takes_equals_flax(size, options):
     (_, y_reference), reference = value_and_gradients(theirs)(variables, x)
     assert maximum_error(y, y_reference) < 1e-5
     assert maximum_error(gradients, reference) < 1e-5
+
+
+def test_conv_of_complex_numbers_of_no_image_and_of_an_open_size():
+    ours, theirs, variables, x = example(SMALL)
+    x = x + 1j * x[::-1]
+    assert maximum_error(*(value_of(layer.apply(variables, x)) for layer in (ours, theirs))) < 1e-5
+    ours, _, variables, x = example(TILED)
+    assert ours.apply(variables, x[:0]).shape == (0, 8, 8, 128)
+    nothing_comes_out = convolution.Conv(12, (3, 3), padding='VALID')
+    assert nothing_comes_out.init_with_output(jax.random.key(0), x[:, :2, :2])[0].shape == (8, 0, 0, 12)
+    (height,) = jax.export.symbolic_shape('height')
+    open_size = jax.ShapeDtypeStruct((4, height, 8, 64), jnp.float32)
+    exported = jax.export.export(jax.jit(partial(ours.apply, variables)))(open_size)
+    assert maximum_error(exported.call(x[:4]), ours.apply(variables, x[:4])) < 1e-5
+
+
+def value_of(y: jax.Array) -> list[jax.Array]:
+    """Real and imaginary part."""
+    return [y.real, y.imag]
 
 
 @pytest.mark.parametrize('shape', ROUTES, ids=str)
