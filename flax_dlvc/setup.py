@@ -299,12 +299,11 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
                 '--config.batch_size, a smaller --config.accumulate_steps or, of several devices, '
                 '--config.synchronize_batch_norm'
             )
-    for field, epochs in (
-        ('num_epochs', config.num_epochs),
-        ('optimizer.whitening_bias_epochs', config.optimizer.whitening_bias_epochs),
-    ):
-        is_idle = field == 'optimizer.whitening_bias_epochs' and config.optimizer.name != 'muon'
-        if epochs * setup.steps_per_epoch >= 2**31 and not is_idle:
+    counted = {'num_epochs': config.num_epochs}
+    if config.optimizer.name == 'muon':
+        counted['optimizer.whitening_bias_epochs'] = config.optimizer.whitening_bias_epochs
+    for field, epochs in counted.items():
+        if epochs * setup.steps_per_epoch >= 2**31:
             raise ConfigError(f'{field} {epochs} is too many: steps are counted in 31 bits; set --config.{field}')
     return setup
 

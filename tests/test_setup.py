@@ -199,10 +199,7 @@ def test_a_model_that_begins_from_data_sees_all_images_of_a_small_dataset(small_
         ({'batch_size': 1, 'augment.cutmix_alpha': 1.0}, 'mixup and cutmix mix the images'),
         ({'num_epochs': 10**9, 'schedule.name': 'linear'}, 'num_epochs 1000000000 is too many'),
         (
-            {
-                'optimizer.name': 'muon',
-                'optimizer.whitening_bias_epochs': 1e12,
-            },  # airbench has such a bias; Muon counts
+            {'optimizer.name': 'muon', 'optimizer.whitening_bias_epochs': 1e12},
             r'optimizer.whitening_bias_epochs 1000000000000\.0 is too many',
         ),
         ({'augment.cutout': 32}, r'augment\.cutout 32 is not below the 32 pixels of the images'),
