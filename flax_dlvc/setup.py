@@ -119,7 +119,7 @@ class Setup:
     @cached_property
     def evaluation_step(self) -> steps.OnDevices:
         """The evaluation step of `steps.make_evaluation_step`."""
-        return steps.make_evaluation_step(self.logits, self.devices)
+        return steps.make_evaluation_step(logits_of=self.logits, devices=self.devices)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Images (B, H, W, C) uint8 as the model sees them, float32."""
@@ -280,9 +280,9 @@ def set_up(config: ConfigDict, *, training: bool = True) -> Setup:
             f'accumulate_steps {config.accumulate_steps} does not divide the {config.batch_size // len(devices)} '
             'examples that each device has in a step; set --config.accumulate_steps'
         )
+    side = min(dataset.image_shape[:2])
     for field in ('random_translate', 'cutout'):
-        pixels, side = config.augment[field], min(dataset.image_shape[:2])
-        if pixels >= side:
+        if (pixels := config.augment[field]) >= side:
             raise ConfigError(f'augment.{field} {pixels} is not below the {side} pixels of the images; set a lower one')
     part = config.batch_size // len(devices) // config.accumulate_steps
     if part == 1 and (config.augment.mixup_alpha or config.augment.cutmix_alpha):

@@ -236,7 +236,7 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    logits_of: Callable[[Any, jax.Array], jax.Array], devices: Sequence[jax.Device]
+    *, logits_of: Callable[[Any, jax.Array], jax.Array], devices: Sequence[jax.Device]
 ) -> 'OnDevices':
     """Builds the evaluation step: adds the examples that the indices (D, S, B) name to the totals; -1 names none.
 

@@ -159,11 +159,6 @@ def test_batch_norm_of_a_single_value_is_refused(small_config, changes, is_refus
         set_up(small_config)
 
 
-def test_of_a_model_that_exposes_no_map_the_image_is_the_smallest(small_config, monkeypatch):
-    monkeypatch.setitem(MODELS, 'cnn', Flat)
-    assert set_up(small_config).smallest_map() == 32 * 32
-
-
 class Flat(nn.Module):
     """Logits that no map is shown of."""
 
@@ -174,6 +169,11 @@ class Flat(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
+def test_of_a_model_that_exposes_no_map_the_image_is_the_smallest(small_config, monkeypatch):
+    monkeypatch.setitem(MODELS, 'cnn', Flat)
+    assert set_up(small_config).smallest_map() == 32 * 32
 
 
 def test_a_model_that_begins_from_data_sees_all_images_of_a_small_dataset(small_config):

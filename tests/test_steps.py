@@ -304,7 +304,7 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
     state = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1)
     variables = jax.device_put(state.variables, steps.replicated(devices))
     images, labels = data.place(split, steps.replicated(devices))
-    evaluation_step = steps.make_evaluation_step(partial(logits_of, model), devices)
+    evaluation_step = steps.make_evaluation_step(logits_of=partial(logits_of, model), devices=devices)
     totals = jax.device_put((Sums.empty(NUM_CLASSES), Predictions.empty(NUM_EXAMPLES)), steps.replicated(devices))
     small = 50 if batch_size == 2 else NUM_EXAMPLES  # a batch size of 2 on everything would take long
     for indices in steps.calls(data.evaluation_batches(small, batch_size, num_devices), 0, steps_per_call):
@@ -327,7 +327,7 @@ def test_evaluation_counts_every_example_once(split, num_devices, batch_size, st
 def test_a_call_of_one_step_has_no_loop(split):
     model = make_model()
     state = steps.create_state(model, optax.sgd(0.1), (8, 8, 3), NUM_CLASSES, seed=1)
-    evaluation_step = steps.make_evaluation_step(partial(logits_of, model), jax.devices()[:1])
+    evaluation_step = steps.make_evaluation_step(logits_of=partial(logits_of, model), devices=jax.devices()[:1])
     totals = Sums.empty(NUM_CLASSES), Predictions.empty(NUM_EXAMPLES)
 
     def program(num_steps):
