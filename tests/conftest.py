@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
 import jax
 
 from flax_dlvc import runtime
-from flax_dlvc.errors import GARBAGE_THRESHOLD, STOP_SIGNALS
+from flax_dlvc.errors import GARBAGE_THRESHOLD, STOP_SIGNALS, run_command
 
 runtime.set_cpu_options()  # in this process as in those that it starts, to the same bits
 runtime.keep_compiled_programs(Path(os.environ['FLAX_DLVC_CACHE_DIR'], 'compiled'))
@@ -60,8 +61,8 @@ SMALL_VIT = {
 
 # What takes a minute or more, the longest first: a worker that got one of them last would leave the other idle.
 LONG_FILES = (
-    'test_distributed', 'test_kills', 'test_loop', 'test_main', 'test_study', 'test_benchmarks', 'test_signals',
-    'test_storage', 'test_convolution', 'test_docs',
+    'test_distributed', 'test_kills', 'test_loop', 'test_main', 'test_study', 'test_benchmarks', 'test_docs',
+    'test_signals', 'test_convolution', 'test_storage', 'test_checkpoint',
 )  # fmt: skip
 
 
@@ -185,6 +186,24 @@ def commands_here() -> Iterator[None]:
     gc.set_threshold(*threshold)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def command_here(
+    commands_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess]:
+    """`command` in this process, where all is imported already: for what does not depend on a process of its own."""
+
+    def command_here(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, 'argv', [f'flax_dlvc.{module}', *map(str, arguments)])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            run_command(importlib.import_module(f'flax_dlvc.{module}').main)
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capsys.readouterr())
+
+    return command_here
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,7 @@
 """Real Orbax directories: what goes in comes out, what is kept, what is refused."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import logging.handlers
@@ -38,6 +39,12 @@ def make_state(step=0, hidden_dim=16, seed=0):
     return jax.device_put(state.replace(step=state.step + step), steps.replicated(jax.devices()[:1]))
 
 
+@functools.cache
+def target():
+    """A state like those that are saved, to which they are restored."""
+    return make_state()
+
+
 def make_progress(epoch, best_epoch):
     history = tuple({'epoch': number, 'step': 10 * number, 'validation_loss': 1 / 3} for number in range(1, epoch + 1))
     return Progress(history, Stopping(0.1 * best_epoch, best_epoch, epoch - best_epoch), 10 * best_epoch)
@@ -45,7 +52,7 @@ def make_progress(epoch, best_epoch):
 
 def restore(workdir, step):
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.restore(step, make_state())
+        return checkpoints.restore(step, target())
 
 
 def test_state_and_progress_come_back_bit_for_bit(tmp_path):
@@ -278,7 +285,7 @@ def two_checkpoints(tmp_path_factory):
 
 def restore_latest(workdir):
     with Checkpoints(workdir, keep_latest=2) as checkpoints:
-        return checkpoints.restore_latest(make_state())
+        return checkpoints.restore_latest(target())
 
 
 def flip_a_bit(path):

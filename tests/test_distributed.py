@@ -248,8 +248,8 @@ def test_what_fails_in_one_process_ends_all_with_its_message(tmp_path, start_pro
         ),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command, flags, environment, message):
-    done = command('main', *flags, '--workdir', tmp_path / 'run', **environment)
+def test_an_environment_that_makes_no_sense_is_refused(tmp_path, command_here, flags, environment, message):
+    done = command_here('main', *flags, '--workdir', tmp_path / 'run', **environment)
     assert done.returncode == 2
     assert done.stderr.startswith('error: ') and message in done.stderr and done.stderr.count('\n') == 1
     assert not (tmp_path / 'run').exists()

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from sklearn.datasets import load_digits
 
 from flax_dlvc import answers, results, tables
 from flax_dlvc.config import load_config, validate
-from flax_dlvc.errors import run_command
 
 # What a command cannot be run for here, by how it begins. The config and the fields that it names are checked.
 NOT_RUN = {
@@ -117,17 +115,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(words, monkeypatch):
-    """Runs `python -m MODULE ARGUMENT …` in this process, where all is imported already; returns the exit code."""
-    assert words[:2] == ['python', '-m'], f'{shlex.join(words)} neither runs nor is it in NOT_RUN'
-    monkeypatch.setattr(sys, 'argv', words[2:])
-    with pytest.raises(SystemExit) as ended:
-        run_command(importlib.import_module(words[2]).main)
-    return ended.value.code
-
-
-@pytest.mark.usefixtures('quick_compilation', 'commands_here')
-def test_commands_in_the_documentation_run(workplace, small_vit_flags, monkeypatch, capsys):
+@pytest.mark.usefixtures('quick_compilation')
+def test_commands_in_the_documentation_run(workplace, small_vit_flags, command_here):
     small_flags = [*small_vit_flags, '--config.num_epochs=1']
     not_run = set()
     for page, words in commands():
@@ -135,8 +124,10 @@ def test_commands_in_the_documentation_run(workplace, small_vit_flags, monkeypat
         if begin := begin_of_not_run(words):
             not_run.add(begin)
             continue
-        code = run(smaller(words, small_flags), monkeypatch)
-        assert code == 0, f'{page}: {shlex.join(words)}: {capsys.readouterr().err}'
+        assert words[:2] == ('python', '-m'), f'{shlex.join(words)} neither runs nor is it in NOT_RUN'
+        module, *arguments = smaller(words, small_flags)[2:]
+        done = command_here(module.removeprefix('flax_dlvc.'), *arguments)
+        assert done.returncode == 0, f'{page}: {shlex.join(words)}: {done.stderr}'
     assert not_run == set(NOT_RUN), 'some of NOT_RUN is on no page any more'
     assert all((workplace / name).stat().st_size for name in WRITTEN)
 

@@ -184,7 +184,7 @@ def test_a_user_who_is_not_there():
     refused('~nosuchuser/photos', 'cannot read ~nosuchuser/photos')
 
 
-def test_train_predict_and_export_on_own_images(tmp_path, command):
+def test_train_predict_and_export_on_own_images(tmp_path, command, command_here):
     folder = write_images(tmp_path / 'own')
     tiny = ['--config', ROOT / 'configs' / 'cnn.py', '--config.num_epochs=1', '--config.batch_size=4']
     first = ('main', *tiny, f'--config.dataset=folder:{folder}', '--workdir', tmp_path / 'run')
@@ -205,12 +205,12 @@ def test_train_predict_and_export_on_own_images(tmp_path, command):
     assert about['class_names'] == sorted(COLORS) and about['input']['shape'] == ['batch', 32, 32, 3]
     (folder / 'red').rename(folder / 'wine')  # then another class comes last
     for module in ('evaluate', 'verify'):
-        done = command(module, '--workdir', tmp_path / 'run')
+        done = command_here(module, '--workdir', tmp_path / 'run')
         assert done.returncode == 2 and done.stderr.count('\n') == 1
         assert 'dataset.json says of it any more; bring back what the run began with' in done.stderr
     (folder / 'wine').rename(folder / 'red')
     (folder / 'red' / 'notes.txt').write_text('words')
-    done = command('main', *tiny, f'--config.dataset=folder:{folder}', '--workdir', tmp_path / 'new')
+    done = command_here('main', *tiny, f'--config.dataset=folder:{folder}', '--workdir', tmp_path / 'new')
     assert (done.returncode, done.stdout) == (2, '') and not (tmp_path / 'new').exists()
     assert done.stderr.startswith(f'error: {folder}/red/notes.txt is no image') and done.stderr.count('\n') == 1
 

@@ -109,7 +109,7 @@ def test_pytorch_gives_these_logits(name, reference):
     np.testing.assert_allclose(logits, GOLDEN[name], atol=1e-4, rtol=1e-4, err_msg=str(logits.tolist()))
 
 
-def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, command, small_run_flags):
+def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, command, command_here, small_run_flags):
     """Through the commands, as a user would: train, export, import, evaluate, train on with other classes."""
     config = ['--config', ROOT / 'configs' / 'cnn.py', *small_run_flags, '--config.num_epochs=1']
     trained, imported, tuned = (tmp_path / name for name in ('trained', 'imported', 'tuned'))
@@ -130,14 +130,14 @@ def test_a_run_goes_out_comes_back_and_is_evaluated_and_fine_tuned(tmp_path, com
     assert done.returncode == 0, done.stderr
     result = json.loads((tuned / 'result.json').read_text())['test']
     assert result['cross_entropy'] == pytest.approx(test['cross_entropy'], rel=1e-4)
-    done = command('interop', 'export', '--workdir', trained, '--weights', '..')
+    done = command_here('interop', 'export', '--workdir', trained, '--weights', '..')
     assert done.returncode == 2 and done.stderr == 'error: .. is a directory; name a file with --weights\n'
     before = sorted(path for path in imported.rglob('*') if path.name != '.lock')
-    in_place = command('main', *config, '--workdir', imported)
+    in_place = command_here('main', *config, '--workdir', imported)
     assert in_place.returncode == 2 and in_place.stderr.count('\n') == 1
     assert f'not a run; to train from them, set --config.init_from={imported} and another' in in_place.stderr
     assert sorted(path for path in imported.rglob('*') if path.name != '.lock') == before
-    again = command('interop', 'import', *config, '--workdir', imported, *weights)
+    again = command_here('interop', 'import', *config, '--workdir', imported, *weights)
     assert again.returncode == 2 and 'holds a run already' in again.stderr and again.stderr.count('\n') == 1
-    nowhere = command('main', *config, f'--config.init_from={tmp_path / "none"}', '--workdir', tmp_path / 'new')
+    nowhere = command_here('main', *config, f'--config.init_from={tmp_path / "none"}', '--workdir', tmp_path / 'new')
     assert nowhere.returncode == 2 and nowhere.stderr.count('\n') == 1, nowhere.stderr

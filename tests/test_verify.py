@@ -1,4 +1,4 @@
-"""`flax_dlvc.verify` on whole and on damaged run directories, in real processes."""
+"""`flax_dlvc.verify` on whole and on damaged run directories."""
 
 import json
 import re
@@ -102,10 +102,10 @@ def test_a_metric_that_verify_does_not_know():
     assert verify._compare_result({'gone': 0.5}, test, 8) == 'the checkpoint of step 8 gives gone None, not 0.5'
 
 
-def test_a_damaged_newest_checkpoint_says_nothing_of_the_history(finished_run, tmp_path, command):
+def test_a_damaged_newest_checkpoint_says_nothing_of_the_history(finished_run, tmp_path, command_here):
     workdir = shutil.copytree(finished_run, tmp_path / 'run')
     truncate_checkpoint(workdir, '12')
-    done = command('verify', '--workdir', workdir)
+    done = command_here('verify', '--workdir', workdir)
     assert done.returncode == 1
     assert 'the checkpoint of step 12 is damaged' in done.stdout
     assert 'metrics.jsonl' not in done.stdout
@@ -119,10 +119,10 @@ def test_a_damaged_newest_checkpoint_says_nothing_of_the_history(finished_run, t
         (truncate_checkpoint, 'checkpoint of step 8: '),
     ],
 )
-def test_what_is_wrong_is_named(finished_run, tmp_path, command, damage, line):
+def test_what_is_wrong_is_named(finished_run, tmp_path, command_here, damage, line):
     workdir = shutil.copytree(finished_run, tmp_path / 'run')
     damage(workdir)
-    done = command('verify', '--workdir', workdir)
+    done = command_here('verify', '--workdir', workdir)
     assert done.returncode == 1, done.stdout + done.stderr
     wrong = [found for found in done.stdout.splitlines() if not found.endswith(': ok')]
     assert len(wrong) == 1, wrong
