@@ -62,7 +62,8 @@ SMALL_VIT = {
 # What takes a minute or more, the longest first: a worker that got one of them last would leave the other idle.
 LONG_FILES = (
     'test_distributed', 'test_kills', 'test_loop', 'test_main', 'test_study', 'test_benchmarks', 'test_docs',
-    'test_signals', 'test_convolution', 'test_storage', 'test_checkpoint',
+    'test_checkpoint', 'test_signals', 'test_convolution', 'test_storage', 'test_interop', 'test_steps', 'test_setup',
+    'test_export', 'test_tables', 'test_memory',
 )  # fmt: skip
 
 

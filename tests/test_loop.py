@@ -300,13 +300,12 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(small_config, tmp_path
     assert not (tmp_path / 'run').exists()
 
 
-def test_two_devices_and_several_steps_per_call_give_the_same_run(small_vit_config, tmp_path):
+def test_two_devices_and_several_steps_per_call_give_the_same_run(small_config, tmp_path):
     """Without dropout, augmentation and batch statistics."""
-    config = small_vit_config.copy_and_resolve_references()
-    config.num_epochs = 2
-    loop.run(config, tmp_path / 'one')
-    config.num_devices, config.steps_per_call = 2, 3
-    loop.run(config, tmp_path / 'two')
+    small_config.num_epochs = 2
+    loop.run(small_config, tmp_path / 'one')
+    small_config.num_devices, small_config.steps_per_call = 2, 3
+    loop.run(small_config, tmp_path / 'two')
     for one, two in zip(read_history(tmp_path / 'one'), read_history(tmp_path / 'two'), strict=True):
         assert two['train_loss'] == pytest.approx(one['train_loss'], rel=1e-4)
         assert two['validation_loss'] == pytest.approx(one['validation_loss'], rel=1e-4)
