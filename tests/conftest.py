@@ -197,12 +197,13 @@ def command_here(
 
     def command_here(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
         capsys.readouterr()
+        words = [f'flax_dlvc.{module}', *map(str, arguments)]
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, 'argv', [f'flax_dlvc.{module}', *map(str, arguments)])
+            patch.setattr(sys, 'argv', words)
             for name, value in environment.items():
                 patch.setenv(name, value)
-            run_command(importlib.import_module(f'flax_dlvc.{module}').main)
-        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capsys.readouterr())
+            run_command(importlib.import_module(words[0]).main)
+        return subprocess.CompletedProcess(words, ended.value.code, *capsys.readouterr())
 
     return command_here
 

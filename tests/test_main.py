@@ -1,4 +1,4 @@
-"""The command line, in real processes: what users type, how it ends, what it leaves behind."""
+"""The command line: what users type, how it ends, what it leaves behind; in real processes, most refusals apart."""
 
 import json
 import os
