@@ -180,7 +180,7 @@ def quick_compilation() -> Iterator[None]:
 
 
 @pytest.fixture
-def commands_here() -> Iterator[None]:
+def process_as_it_was() -> Iterator[None]:
     """For commands in this process: what `run_command` sets in it ends with the test."""
     threshold, handlers = gc.get_threshold(), {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
@@ -191,7 +191,7 @@ def commands_here() -> Iterator[None]:
 
 @pytest.fixture
 def command_here(
-    commands_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    process_as_it_was: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess]:
     """`command` in this process, where all is imported already: for what does not depend on a process of its own."""
 

@@ -52,7 +52,7 @@ def test_a_device_that_is_out_of_memory():
     assert ending(RuntimeError('a bug')) is None
 
 
-@pytest.mark.usefixtures('commands_here')
+@pytest.mark.usefixtures('process_as_it_was')
 def test_a_command_searches_for_garbage_seldom_but_does():
     searches = []
 

@@ -13,7 +13,7 @@ from flax_dlvc.checkpoint import Checkpoints
 from flax_dlvc.errors import STOP_SIGNALS, run_command
 from flax_dlvc.report import TensorBoard
 
-pytestmark = pytest.mark.usefixtures('quick_compilation', 'commands_here')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'process_as_it_was')
 
 CHANGES = {'num_epochs': 2, 'dropout_rate': 0.3, 'augment.random_mirror': True}
 
